@@ -1,0 +1,312 @@
+"""Communication: the only file that calls `torch.distributed`.
+
+A `Group` is this process's view of a process group; everything here takes one. With
+one rank, or without an initialised process group, nothing is sent.
+
+How a bucket travels is decided once a device, by its backend. NCCL and others have
+native reduce-scatter and all-gather. gloo's are slow, so there each pair of ranks
+exchanges its shards directly, and the sum is taken locally in rank order, which makes
+it deterministic (docs/design.md has the measurements).
+"""
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed both; the old names warn there.
+_native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_native_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_FIRST_CHANNEL = 0xADA0000  # above the tags of a user's own point-to-point messages
+_channels = [_FIRST_CHANNEL]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process group as seen from this rank.
+
+    Args:
+        process_group: None for a single process.
+        rank: this process's rank within the group.
+        world_size: number of ranks in the group.
+        channel: tag of pairwise messages, the same on all ranks and new for each optimizer,
+            so that what one of them left unfinished never reaches another.
+    """
+
+    process_group: dist.ProcessGroup | None = None
+    rank: int = 0
+    world_size: int = 1
+    channel: int = _FIRST_CHANNEL
+
+    @property
+    def control_device(self) -> torch.device:
+        """Where small tensors that the host must read travel: the CPU if the group can."""
+        if "cpu" in self.backends:
+            return torch.device("cpu")
+        return torch.device(next(iter(self.backends)), torch.accelerator.current_device_index())
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """Backend by device type, for example {"cpu": "gloo", "cuda": "nccl"}."""
+        if self.process_group is None:
+            return {"cpu": "none"}
+        config = dist.get_backend_config(self.process_group)
+        return dict(pair.split(":") for pair in config.split(","))
+
+    def is_pairwise(self, device: torch.device) -> bool:
+        return self.backends.get(device.type) == "gloo"
+
+
+def join(process_group: dist.ProcessGroup | None) -> Group:
+    """The group to use: the one given, else the default one, else this process alone.
+
+    Raises:
+        ValueError: this rank is not a member of `process_group`.
+    """
+    if process_group is None and not (dist.is_available() and dist.is_initialized()):
+        return Group()
+    group = process_group or dist.group.WORLD
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(
+            f"process_group: global rank {dist.get_rank()} is not a member of it. Build the "
+            "optimizer on the group's own ranks only."
+        )
+    return Group(group, rank, dist.get_world_size(group))
+
+
+def open_channel(group: Group) -> Group:
+    """The same group with a channel of its own. Collective."""
+    agreed = int(combine(group, torch.tensor(_channels[0]), "max"))
+    _channels[0] = agreed + 1
+    return replace(group, channel=agreed)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A collective under way. `wait()` returns when its result may be used."""
+
+    works: tuple[Any, ...] = ()
+    finish: Callable[[], None] = lambda: None
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+        self.finish()
+
+    def abandon(self) -> None:
+        """Let it end in the background: gloo breaks if the buffers of a message vanish."""
+        if self.works:
+            threading.Thread(target=self._end, daemon=True).start()
+
+    def _end(self) -> None:
+        with suppress(RuntimeError):  # the other ranks may have gone
+            for work in self.works:
+                work.wait()
+
+
+def reduce_scatter(group: Group, flat: Tensor, shard: Tensor) -> Pending:
+    """Average `flat` over the ranks; each rank gets its own shard of the result.
+
+    Collective: every rank calls it, in the same order of buckets.
+
+    Args:
+        flat: [world_size * shard_numel], this rank's gradients; read until `wait()`.
+        shard: [shard_numel], the result; may be `flat` itself with one rank.
+    """
+    if group.world_size == 1:
+        return Pending()
+    if not group.is_pairwise(flat.device):
+        work = _native_reduce_scatter(
+            shard, flat, op=dist.ReduceOp.AVG, group=group.process_group, async_op=True
+        )
+        return Pending((work,))
+    rows = flat.view(group.world_size, -1)
+    received = torch.empty(
+        (group.world_size - 1, shard.numel()), dtype=flat.dtype, device=flat.device
+    )
+    works = []
+    for distance in range(1, group.world_size):
+        source, target = _around(group, distance)
+        works.append(_receive(group, received[distance - 1], source))
+        works.append(_send(group, rows[target], target))
+
+    def average() -> None:
+        by_rank = {_around(group, d)[0]: received[d - 1] for d in range(1, group.world_size)}
+        by_rank[group.rank] = rows[group.rank]
+        _average([by_rank[rank] for rank in range(group.world_size)], shard)
+
+    return Pending(tuple(works), average)
+
+
+def all_gather(group: Group, flat: Tensor) -> Pending:
+    """Give every rank all shards. Collective.
+
+    Args:
+        flat: [world_size * shard_numel]; this rank's shard of it is sent, the others
+            are overwritten.
+    """
+    if group.world_size == 1:
+        return Pending()
+    rows = flat.view(group.world_size, -1)
+    if not group.is_pairwise(flat.device):
+        work = _native_all_gather(flat, rows[group.rank], group=group.process_group, async_op=True)
+        return Pending((work,))
+    works = []
+    for distance in range(1, group.world_size):
+        source, target = _around(group, distance)
+        works.append(_receive(group, rows[source], source))
+        works.append(_send(group, rows[group.rank], target))
+    return Pending(tuple(works))
+
+
+def broadcast(group: Group, flat: Tensor) -> None:
+    """Overwrite `flat` (contiguous) with rank 0's. Collective."""
+    if group.world_size > 1:
+        source = dist.get_global_rank(_process_group(group), 0)
+        dist.broadcast(flat, src=source, group=group.process_group)
+
+
+def combine(group: Group, values: Tensor, op: str) -> Tensor:
+    """Elementwise "sum" or "max" of a small tensor over the ranks. Collective."""
+    if group.world_size == 1:
+        return values
+    shared = values.to(group.control_device, copy=True)
+    reduce_op = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
+    dist.all_reduce(shared, op=reduce_op, group=group.process_group)
+    return shared.to(values.device)
+
+
+def gather_slices(group: Group, mine: Tensor, numels: Sequence[int], dst: int) -> Tensor | None:
+    """Concatenate one piece from each rank, in rank order, on the CPU of `dst`. Collective.
+
+    Args:
+        mine: [numels[rank]], contiguous.
+        numels: the pieces' lengths, the same list on every rank.
+
+    Returns:
+        [sum(numels)] on `dst`, None on the other ranks.
+    """
+    if group.rank != dst:
+        if mine.numel():
+            _send(group, mine, dst).wait()
+        return None
+    pieces = [mine if rank == dst else mine.new_empty(n) for rank, n in enumerate(numels)]
+    works = [
+        _receive(group, piece, rank)
+        for rank, piece in enumerate(pieces)
+        if rank != dst and piece.numel()
+    ]
+    for work in works:
+        work.wait()
+    return torch.cat([piece.cpu() for piece in pieces])
+
+
+def digest(facts: Sequence[str]) -> bytes:
+    """Eight bytes that are equal where all facts are."""
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=8).digest()
+
+
+class RankError(RuntimeError):
+    """Raised on the ranks that were well when another rank failed, or when ranks disagree."""
+
+
+@dataclass
+class Agreement:
+    """What one rank brings to `agreement`: `facts` must be equal on every rank."""
+
+    facts: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def agreement(group: Group, what: str) -> Iterator[Agreement]:
+    """All ranks leave the block well, or all of them raise. Collective at its end.
+
+    A rank whose block raised raises its own error, the others a `RankError` that quotes
+    it. If all are well but their `facts` differ, all raise a `RankError` with the first
+    difference.
+
+    Args:
+        what: the caller's name, for the message.
+    """
+    mine = Agreement()
+    error: Exception | None = None
+    try:
+        yield mine
+    except Exception as raised:
+        error = raised
+    if group.world_size > 1:
+        quoted = None if error is None else f"{type(error).__name__}: {error}"
+        message = _disagreement(group, what, quoted, mine.facts)
+        if message and error is None:
+            raise RankError(f"{message} (raised on every rank; this is rank {group.rank})")
+    if error is not None:
+        raise error
+
+
+def _disagreement(group: Group, what: str, quoted: str | None, facts: list[str]) -> str | None:
+    """The message that all ranks derive from all ranks' errors and facts, or None."""
+    heads = _all_gather_object(group, (quoted, digest(facts)))
+    for rank, (error, _) in enumerate(heads):
+        if error is not None:
+            return f"{what}: rank {rank} failed with {error}"
+    if all(theirs == digest(facts) for _, theirs in heads):
+        return None
+    everyones = _all_gather_object(group, facts)
+    rank, theirs = next((r, f) for r, f in enumerate(everyones) if f != everyones[0])
+    reference = everyones[0]
+    line = next(
+        (i for i, (a, b) in enumerate(zip(reference, theirs, strict=False)) if a != b),
+        min(len(reference), len(theirs)),
+    )
+    here, there = (f[line] if line < len(f) else "nothing" for f in (reference, theirs))
+    return (
+        f"{what}: the ranks disagree. Rank 0 has {here}; rank {rank} has {there}. Pass the same "
+        "parameters, in the same order, and the same hyperparameters on every rank."
+    )
+
+
+def _all_gather_object(group: Group, mine: Any) -> list[Any]:
+    everyones: list[Any] = [None] * group.world_size
+    dist.all_gather_object(everyones, mine, group=group.process_group)
+    return everyones
+
+
+def _average(rows: Sequence[Tensor], out: Tensor) -> None:
+    """Mean of equal-sized rows, summed in the given order; half precision in fp32."""
+    if out.element_size() >= 4:
+        total = torch.add(rows[0], rows[1], out=out)
+    else:
+        total = rows[0].float().add_(rows[1])
+    for row in rows[2:]:
+        total.add_(row)
+    total.div_(len(rows))
+    if total is not out:
+        out.copy_(total)
+
+
+def _around(group: Group, distance: int) -> tuple[int, int]:
+    """(source, target) of the exchange with the neighbours at `distance`."""
+    return (group.rank - distance) % group.world_size, (group.rank + distance) % group.world_size
+
+
+def _process_group(group: Group) -> dist.ProcessGroup:
+    assert group.process_group is not None
+    return group.process_group
+
+
+def _send(group: Group, tensor: Tensor, target: int) -> Any:
+    target = dist.get_global_rank(_process_group(group), target)
+    return dist.isend(tensor, target, group=group.process_group, tag=group.channel)
+
+
+def _receive(group: Group, tensor: Tensor, source: int) -> Any:
+    source = dist.get_global_rank(_process_group(group), source)
+    return dist.irecv(tensor, source, group=group.process_group, tag=group.channel)

@@ -1,0 +1,235 @@
+"""The ADADELTA step on lists of tensors (Zeiler 2012, algorithm 1).
+
+Per element, with g the gradient (negated if `maximize`) and x the parameter:
+
+    g  <- g + weight_decay x
+    v  <- rho v + (1 - rho) g^2                     square_avg, E[g^2]
+    d  <- sqrt(u + eps) / sqrt(v + eps) g           the update, before lr
+    u  <- rho u + (1 - rho) d^2                     acc_delta, E[dx^2]
+    x  <- x - lr d
+
+`eager_` is torch's own functional `adadelta`. `fused_` is the same formula as one
+kernel, made by `torch.compile` from `_formula` for the CPU (C++) and for CUDA
+(Triton): it touches each of the 28 bytes of an fp32 element once, and differs
+from eager by rounding alone (2 ulp per step).
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adadelta import adadelta as torch_adadelta
+
+logger = logging.getLogger("adadelta_dist")
+
+ACCUMULATORS = ("square_avg", "acc_delta")
+"""Names of the per-element state, as in `torch.optim.Adadelta`."""
+
+HYPERPARAMETERS = ("lr", "rho", "eps", "weight_decay", "maximize")
+"""Names of what a step depends on beside its tensors."""
+
+FUSED_MIN_NUMEL = 2**20
+"""`fused=None` compiles a kernel from this many elements on: below, the seconds of
+compilation are never earned back."""
+
+FUSED_DEVICES = ["cpu", "cuda"]
+
+_EAGER_PIECE_NUMEL = 2**17
+
+Entry = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A parameter, its gradient, `square_avg` and `acc_delta`."""
+
+
+def eager_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    square_avgs: Sequence[Tensor],
+    acc_deltas: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    group: Mapping[str, Any],
+) -> None:
+    """One step by `torch.optim.adadelta.adadelta`: for-loop or foreach, as torch chooses.
+
+    Args:
+        params, grads, square_avgs, acc_deltas: tensors of equal shapes, entry by entry;
+            all but `grads` are updated in place.
+        steps: one-element tensors, each incremented by one.
+        group: a parameter group of the optimizer.
+
+    Raises:
+        AssertionError: `capturable` on a device that torch does not support for it.
+    """
+    torch_adadelta(
+        list(params),
+        list(grads),
+        list(square_avgs),
+        list(acc_deltas),
+        list(steps),
+        foreach=group["foreach"],
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+        has_complex=any(torch.is_complex(p) for p in params),
+        **{name: group[name] for name in HYPERPARAMETERS},
+    )
+
+
+def eager_flat_(entry: Entry, group: Mapping[str, Any]) -> None:
+    """`eager_` on flat tensors [numel], in pieces whose temporaries fit the cache."""
+    params, grads, square_avgs, acc_deltas = (t.split(_EAGER_PIECE_NUMEL) for t in entry)
+    step = torch.zeros((), device=entry[0].device if group["capturable"] else "cpu")
+    eager_(params, grads, square_avgs, acc_deltas, [step] * len(params), group)
+
+
+def fused_(entries: Iterable[Entry], group: Mapping[str, Any]) -> None:
+    """One fused step of each entry.
+
+    Args:
+        entries: contiguous one-dimensional tensors, of one floating dtype an entry.
+        group: a parameter group of the optimizer. A Tensor `lr` stays on its device.
+
+    Raises:
+        RuntimeError: no compiler is found.
+    """
+    scalars: dict[torch.dtype, tuple[Tensor, ...]] = {}
+    for entry in entries:
+        param = entry[0]
+        if not param.numel():
+            continue
+        compute = torch.float64 if param.dtype == torch.float64 else torch.float32
+        if compute not in scalars:
+            scalars[compute] = _scalars(group, compute)
+        _kernel(param.device.type, param.dtype)(
+            *(tensor.detach() for tensor in entry), *scalars[compute]
+        )
+
+
+def use_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
+    """Whether this group's step takes the fused kernel.
+
+    `fused=True` insists. `fused=None` takes it when `foreach` is not given either,
+    all `params` are floating point and have `FUSED_MIN_NUMEL` elements together, and
+    a compiler is found.
+
+    Raises:
+        RuntimeError: `fused=True` and no compiler is found.
+    """
+    if group["fused"] is False or not params or torch.compiler.is_compiling():
+        return False
+    if group["fused"] is None and (
+        group["foreach"] is not None
+        or group["differentiable"]
+        or sum(p.numel() for p in params) < FUSED_MIN_NUMEL
+        or not all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in params)
+    ):
+        return False
+    reasons = {_no_kernel(p.device.type, p.dtype) for p in params} - {None}
+    if reasons and group["fused"]:
+        raise RuntimeError(
+            f"fused=True: torch.compile found no working compiler ({reasons.pop()}). Install a "
+            "C++ compiler such as g++ (CPU) or Triton (CUDA), or leave `fused` at None."
+        )
+    return not reasons
+
+
+def check_capturable(group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+    """Apply torch's rule where capturable steps may run, before anything is changed.
+
+    Raises:
+        AssertionError: `capturable` on a device that torch does not support for it.
+    """
+    if group["capturable"]:
+        for device in {p.device for p in params}:
+            empty = torch.empty(0, device=device)
+            eager_flat_((empty, empty, empty, empty), group)
+
+
+def check_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+    """Refuse what a fused step cannot do, in the words of `torch.optim.Adam`.
+
+    Raises:
+        RuntimeError: `fused=True` with `differentiable`, `foreach`, or parameters that
+            are not floating point.
+    """
+    if not group["fused"]:
+        return
+    if group["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    for p in params:
+        if not p.is_floating_point() or p.device.type not in FUSED_DEVICES:
+            raise RuntimeError(
+                "`fused=True` requires all the params to be floating point Tensors of supported "
+                f"devices: {FUSED_DEVICES} but {p.dtype} and {p.device.type}"
+            )
+
+
+def _formula(
+    param: Tensor,
+    grad: Tensor,
+    square_avg: Tensor,
+    acc_delta: Tensor,
+    lr: Tensor,
+    rho: Tensor,
+    one_minus_rho: Tensor,
+    eps: Tensor,
+    weight_decay: Tensor,
+    sign: Tensor,
+) -> None:
+    compute = torch.float64 if param.dtype == torch.float64 else torch.float32
+    x, g, v, u = (t.to(compute) for t in (param, grad, square_avg, acc_delta))
+    g = sign * g
+    # Where, not a plain sum: without weight decay an infinite parameter leaves g alone.
+    g = torch.where(weight_decay != 0, g + weight_decay * x, g)
+    v = rho * v + one_minus_rho * (g * g)
+    d = (u + eps).sqrt() / (v + eps).sqrt() * g
+    u = rho * u + one_minus_rho * (d * d)
+    square_avg.copy_(v)
+    acc_delta.copy_(u)
+    param.copy_(x - lr * d)
+
+
+def _scalars(group: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The hyperparameters as 0-dim tensors: as Python numbers each new one would recompile."""
+    lr = group["lr"]
+    lr = lr.detach().squeeze() if isinstance(lr, Tensor) else torch.tensor(lr)
+    rho = group["rho"]
+    sign = -1.0 if group["maximize"] else 1.0
+    rest = (rho, 1 - rho, group["eps"], group["weight_decay"], sign)
+    return lr.to(dtype), *(torch.tensor(float(value), dtype=dtype) for value in rest)
+
+
+@functools.cache
+def _compiled() -> Callable[..., None]:
+    return torch.compile(_formula, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def _kernel(device_type: str, dtype: torch.dtype) -> Callable[..., None]:
+    """The compiled formula, after a first run on scratch memory of `FUSED_MIN_NUMEL`.
+
+    The first run compiles: if that fails, nobody's state is half updated. Its size
+    matters too, for the compiler decides by it whether a loop is worth threads.
+    """
+    compiled = _compiled()
+    scratch = [torch.zeros(FUSED_MIN_NUMEL, dtype=dtype, device=device_type) for _ in range(4)]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    group = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0, "maximize": False}
+    with torch.no_grad():
+        compiled(*scratch, *_scalars(group, compute))
+    return compiled
+
+
+@functools.cache
+def _no_kernel(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why there is no kernel for this device and dtype, or None if there is one."""
+    try:
+        _kernel(device_type, dtype)
+    except Exception as error:  # whatever the compiler's toolchain raises
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        logger.warning("the fused step is off for %s on %s: %s", dtype, device_type, reason)
+        return reason
+    return None

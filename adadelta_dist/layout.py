@@ -1,0 +1,183 @@
+"""Where every parameter lies in flat memory: pure integers, no tensors.
+
+A *bucket* is one flat buffer that holds the parameters of one kind (parameter
+group, dtype, device). A *slot* is one parameter's interval in it. A bucket is
+cut into `world_size` equal *shards*; rank r owns the r-th. Slots and shards
+start at multiples of 16 bytes, and the gaps that this leaves are *padding*,
+which is zero and belongs to nobody.
+
+    bucket   |--slot 3--|-slot 2-|------slot 1------|-slot 0-|pad|
+    shards   |        rank 0       |         rank 1             |
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ALIGN_BYTES = 16
+
+Kind = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """What the layout needs to know of one parameter.
+
+    Args:
+        numel: elements in flat memory (a complex element counts as two).
+        itemsize: bytes of one such element.
+        kind: parameters of equal kind may share a bucket.
+    """
+
+    numel: int
+    itemsize: int
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The half-open range [start, stop)."""
+
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    def shifted(self, by: int) -> "Interval":
+        return Interval(self.start + by, self.stop + by)
+
+    def clipped(self, to: "Interval") -> "Interval":
+        """The part inside `to`; empty, but still inside `to`, if they do not meet."""
+        start = min(max(self.start, to.start), to.stop)
+        return Interval(start, max(start, min(self.stop, to.stop)))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place in a bucket.
+
+    Args:
+        param: index of the parameter in the sequence given to `plan_layout`.
+        start: first element in the bucket.
+        numel: number of elements.
+    """
+
+    param: int
+    start: int
+    numel: int
+
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.start, self.start + self.numel)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One flat buffer: its slots, and its cut into equal shards."""
+
+    kind: Kind
+    slots: tuple[Slot, ...]
+    shard_numel: int
+    world_size: int
+
+    @property
+    def numel(self) -> int:
+        return self.shard_numel * self.world_size
+
+    def shard(self, rank: int) -> Interval:
+        """The elements of the bucket that `rank` owns."""
+        return Interval(rank * self.shard_numel, (rank + 1) * self.shard_numel)
+
+    def slice(self, slot: Slot, rank: int) -> Interval:
+        """The elements of `slot`, counted from its own start, that `rank` owns."""
+        return (
+            slot.interval.clipped(self.shard(rank))
+            .shifted(-slot.start)
+            .clipped(Interval(0, slot.numel))
+        )
+
+    def place(self, slot: Slot, rank: int) -> Interval:
+        """`slice(slot, rank)` counted from the start of the rank's shard."""
+        return slot.interval.clipped(self.shard(rank)).shifted(-rank * self.shard_numel)
+
+    def runs(self, present: Sequence[bool], rank: int) -> list[Interval]:
+        """Intervals of the rank's shard that hold the slots with `present[i]` true.
+
+        Neighbours are joined across the padding between them, so that a bucket
+        whose slots are all present is one run.
+        """
+        runs: list[Interval] = []
+        joined = False
+        for slot, wanted in zip(self.slots, present, strict=True):
+            piece = self.place(slot, rank)
+            if wanted and piece.numel:
+                if joined:
+                    piece = Interval(runs.pop().start, piece.stop)
+                runs.append(piece)
+                joined = True
+            elif piece.numel:
+                joined = False
+        return runs
+
+
+def plan_layout(
+    specs: Sequence[ParamSpec], world_size: int, bucket_bytes: int
+) -> tuple[Bucket, ...]:
+    """Assign every parameter a slot.
+
+    Slots follow the reverse order of the parameters, which is about the order in
+    which backward makes their gradients, and the buckets are returned in the order
+    in which they are complete. A parameter is never split over two buckets; one
+    larger than `bucket_bytes` has a bucket of its own.
+
+    Args:
+        specs: the parameters, in the optimizer's order.
+        world_size: number of shards of each bucket.
+        bucket_bytes: a bucket takes parameters until it would exceed this.
+    """
+    closed: list[tuple[Kind, int, list[Slot]]] = []
+    open_slots: dict[Kind, list[Slot]] = {}
+    for index in reversed(range(len(specs))):
+        spec = specs[index]
+        slots = open_slots.setdefault(spec.kind, [])
+        align = max(1, ALIGN_BYTES // spec.itemsize)
+        start = _round_up(slots[-1].interval.stop, align) if slots else 0
+        if slots and (start + spec.numel) * spec.itemsize > bucket_bytes:
+            closed.append((spec.kind, align, slots))
+            slots, start = [], 0
+            open_slots[spec.kind] = slots
+        slots.append(Slot(index, start, spec.numel))
+    for kind, slots in open_slots.items():
+        align = max(1, ALIGN_BYTES // specs[slots[0].param].itemsize)
+        closed.append((kind, align, slots))
+    buckets = [
+        Bucket(kind, tuple(slots), _shard_numel(slots, world_size, align), world_size)
+        for kind, align, slots in closed
+    ]
+    return tuple(sorted(buckets, key=lambda bucket: -bucket.slots[-1].param))
+
+
+def storage_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """The dimensions from the slowest to the fastest in memory.
+
+    `tensor.permute(order)` of a dense tensor (channels-last, transposed) is
+    contiguous. A tensor with holes or overlaps gets the row-major order.
+    """
+    order = sorted(range(len(shape)), key=lambda dim: -stride[dim])
+    expected = 1
+    for dim in reversed(order):
+        if shape[dim] != 1 and stride[dim] != expected:
+            return tuple(range(len(shape)))
+        expected *= shape[dim]
+    return tuple(order)
+
+
+def _shard_numel(slots: Sequence[Slot], world_size: int, align: int) -> int:
+    used = slots[-1].interval.stop
+    return _round_up(-(-used // world_size), align)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,26 @@
+"""`ShardPolicy`: how a `ShardedAdadelta` communicates."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ShardPolicy:
+    """How `ShardedAdadelta` communicates; equal on every rank.
+
+    Args:
+        bucket_mb: size of a bucket in MiB: what one reduction and one gather carry.
+        overlap: start reductions during backward, from gradient hooks.
+        gradients: "local": each rank has its own, and the optimizer averages them;
+            "averaged": they are equal on all ranks already (DistributedDataParallel).
+    """
+
+    bucket_mb: float = 25.0
+    overlap: bool = True
+    gradients: Literal["local", "averaged"] = "local"
+
+    def __post_init__(self) -> None:
+        if not self.bucket_mb > 0:
+            raise ValueError(f"bucket_mb must be positive, got {self.bucket_mb}")
+        if self.gradients not in ("local", "averaged"):
+            raise ValueError(f"gradients must be 'local' or 'averaged', got {self.gradients!r}")

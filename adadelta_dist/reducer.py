@@ -1,0 +1,178 @@
+"""When buckets are reduced: during backward where possible, in one order on all ranks.
+
+The hook that runs when a gradient is complete marks its slot as ready. A bucket whose
+gradients are all there is *launched*: its reduce-scatter starts while backward goes on.
+The order of collectives never depends on which gradients this rank happens to have:
+buckets are launched in one fixed order, each once, and those that changed afterwards on
+any rank are reduced again on all.
+"""
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from . import collectives
+from .buckets import FlatBucket
+from .collectives import Group
+
+
+class GradientReducer:
+    """Reduces the buckets in one fixed order, during backward where it can.
+
+    Args:
+        group: the ranks.
+        overlap: start reductions from gradient hooks; else all at `reduce()`.
+    """
+
+    def __init__(self, group: Group, *, overlap: bool) -> None:
+        self.group, self.overlap = group, overlap
+        self.buckets: list[FlatBucket] = []
+        self._sync = True
+        self._next = 0
+        self._lock = threading.Lock()
+        self._hooked: list[list[bool]] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._warned = False
+        weakref.finalize(self, _remove, self._handles).atexit = False
+
+    def extend(self, buckets: Sequence[FlatBucket]) -> None:
+        self.buckets.extend(buckets)
+        self._hooked.extend([False] * len(bucket.params) for bucket in buckets)
+        for bucket in buckets:
+            bucket.reset()
+        self._hook_params()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def reduce(self, facts: Sequence[str], error: Exception | None = None) -> None:
+        """Have every bucket reduced (perhaps still under way: `wait()` it). Collective.
+
+        Calling it again without new gradients sends nothing but one small message.
+
+        Args:
+            facts: what must be equal on every rank, such as hyperparameters.
+            error: what went wrong on this rank already, to be raised on all.
+
+        Raises:
+            RuntimeError: a parameter was moved, or a gradient is sparse. The ranks that
+                are well raise `RankError`.
+        """
+        for bucket in self.buckets:
+            try:
+                bucket.reclaim_params()
+                bucket.check_grads()
+            except RuntimeError as raised:
+                error = error or raised
+        edited = [bucket.launched and not bucket.is_current() for bucket in self.buckets]
+        self._warn_of_edits(edited)
+        for bucket in self.buckets:
+            if not bucket.launched:
+                bucket.launch()
+        edited = self._agree(edited, facts, error)
+        for bucket, again in zip(self.buckets, edited, strict=True):
+            if again:
+                bucket.launch()
+
+    def reset(self) -> None:
+        """Begin a new iteration, after a step."""
+        self._next = 0
+        for bucket in self.buckets:
+            bucket.reset()
+        self._hook_params()
+
+    def _agree(
+        self, edited: list[bool], facts: Sequence[str], error: Exception | None
+    ) -> list[bool]:
+        """Learn what any rank edited and which gradients any rank has, in one message."""
+        here = [
+            p.grad is not None and p.grad.layout == torch.strided
+            for bucket in self.buckets
+            for p in bucket.params
+        ]
+        # Equal on all ranks if and only if the maximum of the digest and the maximum of
+        # its complement still add up to 255, byte by byte.
+        digest = collectives.digest(facts)
+        flags = [*edited, *here, error is not None, *digest, *(255 - byte for byte in digest)]
+        message = torch.frombuffer(bytearray(flags), dtype=torch.uint8)
+        anyone = collectives.combine(self.group, message, "max")
+        flags = anyone.tolist()
+        edited, flags = [bool(f) for f in flags[: len(edited)]], flags[len(edited) :]
+        count = len(here)
+        failed, low, high = flags[count], flags[count + 1 : -len(digest)], flags[-len(digest) :]
+        if failed or any(a + b != 255 for a, b in zip(low, high, strict=True)):
+            with collectives.agreement(self.group, "ShardedAdadelta.step") as mine:
+                mine.facts.extend(facts)
+                if error is not None:
+                    raise error
+        present = iter(flags[:count])
+        for bucket in self.buckets:
+            bucket.present = [bool(next(present)) for _ in bucket.params]
+        return edited
+
+    def _warn_of_edits(self, edited: Sequence[bool]) -> None:
+        surprising = any(
+            changed and not bucket.accumulating
+            for changed, bucket in zip(edited, self.buckets, strict=True)
+        )
+        if surprising and not self._warned and self.group.world_size > 1:
+            self._warned = True
+            warnings.warn(
+                "Gradients changed after their reduction had started, so they are reduced again. "
+                "To clip by the global norm call optimizer.clip_grad_norm_(max_norm); if "
+                "DistributedDataParallel averages them, pass ShardPolicy(gradients='averaged').",
+                stacklevel=2,
+            )
+
+    def _on_gradient(self, b: int, i: int) -> None:
+        """A gradient is complete: launch what can be launched, in order."""
+        bucket = self.buckets[b]
+        taken = bucket.take(i)
+        with self._lock:  # backward has a thread for each device
+            if bucket.launched:
+                bucket.accumulating = True  # a second backward: `reduce()` sends it again
+            elif taken and self._sync and self.overlap:
+                bucket.ready.add(i)
+                while self._next < len(self.buckets) and self.buckets[self._next].is_full():
+                    self.buckets[self._next].launch()
+                    self._next += 1
+
+    def _hook_params(self) -> None:
+        """Hook parameters that require gradients by now (some may have been frozen)."""
+        me = weakref.ref(self)
+        for b, bucket in enumerate(self.buckets):
+            if bucket.flat_grad is None:
+                continue
+            for i, p in enumerate(bucket.params):
+                if p.requires_grad and p.is_leaf and not self._hooked[b][i]:
+                    hook = _gradient_hook(me, b, i)
+                    self._handles.append(p.register_post_accumulate_grad_hook(hook))
+                    self._hooked[b][i] = True
+
+
+def _gradient_hook(
+    reducer: "weakref.ref[GradientReducer]", b: int, i: int
+) -> Callable[[Tensor], None]:
+    """A hook that keeps neither the reducer nor its buckets alive."""
+
+    def hook(_: Tensor) -> None:
+        alive = reducer()
+        if alive is not None:
+            alive._on_gradient(b, i)
+
+    return hook
+
+
+def _remove(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

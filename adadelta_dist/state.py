@@ -1,0 +1,166 @@
+"""The accumulators that one rank owns, and how they enter and leave a state dict."""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
+
+from . import collectives
+from .adadelta import check_values
+from .buckets import FlatBucket, flatten, unflatten
+from .flat_slice import FlatSlice
+from .functional import ACCUMULATORS
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """State of one bucket on this rank, allocated when the optimizer is built.
+
+    Args:
+        bucket: the bucket it belongs to.
+        accumulators: [shard_numel] each, in the order of `ACCUMULATORS`.
+        steps: [slots], how often each parameter was updated.
+        entries: by slot, what `optimizer.state[p]` holds: views into the tensors above,
+            in the parameter's shape with one rank, `FlatSlice` with more.
+    """
+
+    bucket: FlatBucket
+    accumulators: tuple[Tensor, ...]
+    steps: Tensor
+    entries: tuple[dict[str, Tensor], ...]
+
+
+def allocate(bucket: FlatBucket, *, capturable: bool) -> ShardState:
+    """Zeros for one bucket."""
+    shard = bucket.own_param
+    device = shard.device if capturable else torch.device("cpu")
+    steps = torch.zeros(len(bucket.params), dtype=_get_scalar_dtype(), device=device)
+    accumulators = tuple(torch.zeros_like(shard) for _ in ACCUMULATORS)
+    entries = tuple(
+        {"step": steps[i]}
+        | {
+            name: _view(bucket, i, flat)
+            for name, flat in zip(ACCUMULATORS, accumulators, strict=True)
+        }
+        for i in range(len(bucket.params))
+    )
+    return ShardState(bucket, accumulators, steps, entries)
+
+
+def reclaim(shard: ShardState, state: State) -> None:
+    """Make the optimizer's state views again where somebody replaced or removed entries.
+
+    A replaced value is adopted; a removed one counts as zero, as torch would begin anew.
+    """
+    for i, (p, entry) in enumerate(zip(shard.bucket.params, shard.entries, strict=True)):
+        held = state.get(p)
+        if held is None or not all(map(is_, entry.values(), map(held.get, entry))):
+            check(shard, i, held or {})
+            adopt(shard, i, held or {}, state)
+
+
+def check(shard: ShardState, i: int, values: Mapping[str, Any]) -> None:
+    """Whether `adopt` can take these values for slot `i`.
+
+    Raises:
+        ValueError: state of another optimizer, or of a tensor of another shape or slice.
+    """
+    name, entry = shard.bucket.names[i], shard.entries[i]
+    missing = [key for key in entry if key not in values]
+    if values and missing:
+        raise ValueError(
+            f"state of {name} holds {sorted(values)}, but Adadelta's is {list(entry)}: it was "
+            "saved by another optimizer, or is incomplete"
+        )
+    for key in ACCUMULATORS:
+        value, view = values.get(key, entry[key]), entry[key]
+        if not isinstance(value, Tensor) or value.shape != view.shape:
+            raise ValueError(
+                f"{key} of {name} has shape {tuple(getattr(value, 'shape', ()))}, wanted "
+                f"{tuple(view.shape)}: the checkpoint is of another model"
+            )
+        if isinstance(value, FlatSlice) and (
+            not isinstance(view, FlatSlice) or value.interval != view.interval
+        ):
+            raise ValueError(
+                f"{key} of {name} is the slice {value.interval} of another world size or bucket "
+                "size. Load a consolidated state dict instead."
+            )
+
+
+def adopt(shard: ShardState, i: int, values: Mapping[str, Any], state: State) -> None:
+    """Copy checked values (none: zeros) into the views of slot `i`, and put those in `state`."""
+    p, entry = shard.bucket.params[i], shard.entries[i]
+    with torch.no_grad():
+        entry["step"].fill_(float(values.get("step", 0)))
+        for key in ACCUMULATORS:
+            _copy(shard.bucket, i, values.get(key), entry[key])
+    extras = {key: value for key, value in values.items() if key not in entry}
+    state[p] = {**entry, **extras}
+
+
+def match(
+    groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[Tensor, Any]]:
+    """Groups to use from now on, and the loaded state by parameter; as torch matches them."""
+    saved = deepcopy(state_dict["param_groups"])
+    if len(saved) != len(groups):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    if any(len(a["params"]) != len(b["params"]) for a, b in zip(saved, groups, strict=True)):
+        raise ValueError(
+            "loaded state dict contains a parameter group that doesn't match the size of "
+            "optimizer's group"
+        )
+    ids = chain.from_iterable(group["params"] for group in saved)
+    params = chain.from_iterable(group["params"] for group in groups)
+    values = {p: state_dict["state"].get(i, {}) for i, p in zip(ids, params, strict=True)}
+    for new, old in zip(saved, groups, strict=True):
+        new["params"] = old["params"]
+        if "param_names" in old:
+            new.setdefault("param_names", old["param_names"])
+        check_values(old | new)
+    return saved, values
+
+
+def gather(shard: ShardState, i: int, dst: int) -> dict[str, Tensor] | None:
+    """Whole state of slot `i` on the CPU of rank `dst`, None elsewhere. Collective."""
+    bucket, slot = shard.bucket, shard.bucket.plan.slots[i]
+    numels = [bucket.plan.slice(slot, rank).numel for rank in range(bucket.group.world_size)]
+    place = bucket.plan.place(slot, bucket.group.rank)
+    entry = {"step": shard.steps[i].cpu().clone()}
+    for name, flat in zip(ACCUMULATORS, shard.accumulators, strict=True):
+        whole = collectives.gather_slices(bucket.group, flat[place.start : place.stop], numels, dst)
+        if whole is not None:
+            entry[name] = unflatten(whole, bucket.params[i], bucket.orders[i])
+    return entry if bucket.group.rank == dst else None
+
+
+def _view(bucket: FlatBucket, i: int, flat: Tensor) -> Tensor:
+    p, order, slot = bucket.params[i], bucket.orders[i], bucket.plan.slots[i]
+    place = bucket.plan.place(slot, bucket.group.rank)
+    local = flat[place.start : place.stop]
+    if bucket.group.world_size == 1:
+        return unflatten(local, p, order)
+    interval = bucket.plan.slice(slot, bucket.group.rank)
+    return FlatSlice(local, p.shape, interval, order)
+
+
+def _copy(bucket: FlatBucket, i: int, value: Tensor | None, view: Tensor) -> None:
+    local = view.local if isinstance(view, FlatSlice) else view
+    if value is None:
+        local.zero_()
+    elif isinstance(value, FlatSlice):
+        local.copy_(value.local)
+    elif isinstance(view, FlatSlice):
+        part = view.interval
+        local.copy_(flatten(value.to(view.dtype), bucket.orders[i])[part.start : part.stop])
+    else:
+        local.copy_(value)

@@ -1,0 +1,107 @@
+"""A pool of real gloo processes that run a function on every rank.
+
+The processes are forked from a server that has imported torch, so a pool starts in
+about a second, and is kept for the whole session. A pool in which anything went wrong is
+thrown away.
+"""
+
+import multiprocessing as mp
+import pickle
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_context = mp.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "adadelta_dist", "pytest"])
+
+PROCESS_GROUP_TIMEOUT = timedelta(seconds=20)
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or missed the deadline."""
+
+
+class Ranks:
+    """`world_size` processes with an initialised default process group."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._workers: list[tuple[Any, Connection]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def run(self, function: Callable[..., Any], *args: Any, deadline: float = 60.0) -> list[Any]:
+        """Call `function(rank, *args)` on every rank; returns the results by rank."""
+        if not self._workers:
+            self._start()
+        task = pickle.dumps((function, args))
+        for _, pipe in self._workers:
+            pipe.send_bytes(task)
+        end = time.monotonic() + deadline
+        outcomes: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        for rank, (process, pipe) in enumerate(self._workers):
+            # Once a rank has failed the others may wait for it: give them a moment only.
+            left = min(end - time.monotonic(), 2.0) if failures else end - time.monotonic()
+            try:
+                answered = pipe.poll(max(left, 0.0))
+                ok, value = pickle.loads(pipe.recv_bytes()) if answered else (False, "no answer")
+            except EOFError:
+                process.join(5)
+                ok, value = False, f"died with exit code {process.exitcode}"
+            (outcomes if ok else failures)[rank] = value
+        if failures:
+            self.close()
+            raise RankFailure("".join(f"\n--- rank {r}\n{text}" for r, text in failures.items()))
+        return [outcomes[rank] for rank in range(self.world_size)]
+
+    def close(self) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers = []
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
+        for rank in range(self.world_size):
+            here, there = _context.Pipe()
+            process = _context.Process(
+                target=_work, args=(rank, self.world_size, store, there), daemon=True
+            )
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+
+
+def _work(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    dist.init_process_group(
+        "gloo",
+        rank=rank,
+        world_size=world_size,
+        store=dist.FileStore(store, world_size),
+        timeout=PROCESS_GROUP_TIMEOUT,
+    )
+    while True:
+        try:
+            function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = True, function(rank, *args)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(answer))
