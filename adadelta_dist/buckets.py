@@ -71,6 +71,7 @@ class FlatBucket:
         self.grad_shard = self._empty(plan.shard_numel)
         if group.world_size == 1 and self.flat_grad is not None:
             self.grad_shard = self.flat_grad
+        self.is_complex = self.params[0].is_complex()
         self.present = [False] * len(params)
         self.launched = False
         self.accumulating = False
@@ -143,6 +144,10 @@ class FlatBucket:
             self._pending.append(collectives.reduce_scatter(self.group, flat, self.grad_shard))
             self._version = flat._version
 
+    def expect(self) -> None:
+        """Count the gradients that this backward can make (parameters may freeze and thaw)."""
+        self.expected = sum(p.requires_grad for p in self.params)
+
     def is_full(self) -> bool:
         """Whether every gradient that backward can make is there."""
         return len(self.ready) == self.expected
@@ -169,7 +174,6 @@ class FlatBucket:
         """Begin a new iteration."""
         self.launched, self.accumulating = False, False
         self.ready.clear()
-        self.expected = sum(p.requires_grad for p in self.params)
         self._seen, self._seen_versions = [], []
 
     def check_grads(self) -> None:

@@ -165,7 +165,7 @@ def storage_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...
     `tensor.permute(order)` of a dense tensor (channels-last, transposed) is
     contiguous. A tensor with holes or overlaps gets the row-major order.
     """
-    order = sorted(range(len(shape)), key=lambda dim: -stride[dim])
+    order = sorted(range(len(shape)), key=lambda dim: (-stride[dim], shape[dim] == 1))
     expected = 1
     for dim in reversed(order):
         if shape[dim] != 1 and stride[dim] != expected:

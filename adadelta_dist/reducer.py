@@ -34,6 +34,7 @@ class GradientReducer:
         self.buckets: list[FlatBucket] = []
         self._sync = True
         self._next = 0
+        self._counted = False
         self._lock = threading.Lock()
         self._hooked: list[list[bool]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -43,8 +44,7 @@ class GradientReducer:
     def extend(self, buckets: Sequence[FlatBucket]) -> None:
         self.buckets.extend(buckets)
         self._hooked.extend([False] * len(bucket.params) for bucket in buckets)
-        for bucket in buckets:
-            bucket.reset()
+        self._counted = False
         self._hook_params()
 
     @contextmanager
@@ -86,7 +86,7 @@ class GradientReducer:
 
     def reset(self) -> None:
         """Begin a new iteration, after a step."""
-        self._next = 0
+        self._next, self._counted = 0, False
         for bucket in self.buckets:
             bucket.reset()
         self._hook_params()
@@ -143,6 +143,10 @@ class GradientReducer:
                 bucket.accumulating = True  # a second backward: `reduce()` sends it again
             elif taken and self._sync and self.overlap:
                 bucket.ready.add(i)
+                if not self._counted:
+                    for every in self.buckets:
+                        every.expect()
+                    self._counted = True
                 while self._next < len(self.buckets) and self.buckets[self._next].is_full():
                     self.buckets[self._next].launch()
                     self._next += 1

@@ -319,7 +319,10 @@ def _step_shard(shard: ShardState, group: dict[str, Any], *, fused: bool) -> Non
     shard.steps.add_(torch.tensor(bucket.present, dtype=shard.steps.dtype).to(shard.steps.device))
     flats = (bucket.own_param, bucket.grad_shard, *shard.accumulators)
     for run in bucket.plan.runs(bucket.present, bucket.group.rank):
-        param, grad, square_avg, acc_delta = (flat[run.start : run.stop] for flat in flats)
+        pieces = (flat[run.start : run.stop] for flat in flats)
+        if bucket.is_complex:  # complex arithmetic rounds differently, so let torch see it
+            pieces = (torch.view_as_complex(piece.view(-1, 2)) for piece in pieces)
+        param, grad, square_avg, acc_delta = pieces
         entry = (param, grad, square_avg, acc_delta)
         if fused:
             functional.fused_([entry], group)

@@ -99,6 +99,8 @@ def averaged(p: Tensor, step: int, index: int, here: list[bool]) -> Tensor:
     total = rows[0].clone()
     for row in rows[1:]:
         total += row
+    if p.is_complex():  # a complex division would round otherwise
+        return torch.view_as_complex(torch.view_as_real(total) / len(rows))
     return total / len(rows)
 
 

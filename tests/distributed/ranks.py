@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,21 @@ import torch.distributed as dist
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "adadelta_dist", "pytest"])
 
-PROCESS_GROUP_TIMEOUT = timedelta(seconds=20)
-
 
 class RankFailure(AssertionError):
     """A rank raised, died or missed the deadline."""
 
 
 class Ranks:
-    """`world_size` processes with an initialised default process group."""
+    """`world_size` processes with an initialised default process group.
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    Args:
+        world_size: number of processes.
+        timeout: of the process group, in seconds.
+    """
+
+    def __init__(self, world_size: int, timeout: float = 30.0) -> None:
+        self.world_size, self.timeout = world_size, timeout
         self._workers: list[tuple[Any, Connection]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -48,16 +51,19 @@ class Ranks:
         end = time.monotonic() + deadline
         outcomes: dict[int, Any] = {}
         failures: dict[int, str] = {}
-        for rank, (process, pipe) in enumerate(self._workers):
-            # Once a rank has failed the others may wait for it: give them a moment only.
-            left = min(end - time.monotonic(), 2.0) if failures else end - time.monotonic()
-            try:
-                answered = pipe.poll(max(left, 0.0))
-                ok, value = pickle.loads(pipe.recv_bytes()) if answered else (False, "no answer")
-            except EOFError:
-                process.join(5)
-                ok, value = False, f"died with exit code {process.exitcode}"
-            (outcomes if ok else failures)[rank] = value
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
+        while waiting and (answered := wait(waiting, max(end - time.monotonic(), 0.0))):
+            for pipe in answered:
+                rank = waiting.pop(pipe)
+                try:
+                    ok, value = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    self._workers[rank][0].join(5)
+                    ok, value = False, f"died with exit code {self._workers[rank][0].exitcode}"
+                (outcomes if ok else failures)[rank] = value
+            if failures:  # the others may wait for the one that failed: not for long
+                end = min(end, time.monotonic() + 2.0)
+        failures |= {rank: f"no answer within {deadline} s" for rank in waiting.values()}
         if failures:
             self.close()
             raise RankFailure("".join(f"\n--- rank {r}\n{text}" for r, text in failures.items()))
@@ -78,14 +84,14 @@ class Ranks:
         for rank in range(self.world_size):
             here, there = _context.Pipe()
             process = _context.Process(
-                target=_work, args=(rank, self.world_size, store, there), daemon=True
+                target=_work, args=(rank, self.world_size, store, self.timeout, there), daemon=True
             )
             process.start()
             there.close()
             self._workers.append((process, here))
 
 
-def _work(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+def _work(rank: int, world_size: int, store: str, timeout: float, pipe: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     dist.init_process_group(
@@ -93,7 +99,7 @@ def _work(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         rank=rank,
         world_size=world_size,
         store=dist.FileStore(store, world_size),
-        timeout=PROCESS_GROUP_TIMEOUT,
+        timeout=timedelta(seconds=timeout),
     )
     while True:
         try:

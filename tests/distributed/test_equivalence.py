@@ -10,9 +10,9 @@ from adadelta_dist import ShardPolicy
 
 WORLDS = [1, 2, 3, 4]
 
-shapes = st.lists(
-    st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=5
-).map(tuple)
+shapes = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=5).map(
+    tuple
+)
 options = st.fixed_dictionaries(
     {},
     optional={

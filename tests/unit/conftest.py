@@ -1,0 +1,30 @@
+"""Fixtures that are costly or that leave something to undo."""
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from adadelta_dist import functional
+
+
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """Compile the fused step of every dtype once; importing the compiler warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            functional._kernel("cpu", dtype)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone, over gloo."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,196 @@
+"""The arithmetic of slots, shards and runs holds for every set of parameters."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adadelta_dist.layout import (
+    ALIGN_BYTES,
+    Bucket,
+    Interval,
+    ParamSpec,
+    Slot,
+    plan_layout,
+    storage_order,
+)
+
+ITEMSIZES = {"half": 2, "single": 4, "double": 8}
+
+kinds = st.sampled_from(sorted(ITEMSIZES))
+specs = st.lists(
+    st.builds(lambda n, kind: ParamSpec(n, ITEMSIZES[kind], (kind,)), st.integers(0, 70), kinds),
+    max_size=12,
+)
+worlds = st.integers(1, 5)
+limits = st.sampled_from([0, 1, 64, 200, 1000, 10**9])
+flags = st.lists(st.booleans(), min_size=12, max_size=12)
+exhaustive = settings(max_examples=200, derandomize=True, deadline=None)
+
+
+def every_layout(test):
+    return exhaustive(given(specs=specs, world=worlds, limit=limits)(test))
+
+
+def itemsize(bucket: Bucket) -> int:
+    return ITEMSIZES[bucket.kind[0]]
+
+
+def elements(interval: Interval) -> set[int]:
+    return set(range(interval.start, interval.stop))
+
+
+@every_layout
+def test_every_parameter_has_exactly_one_slot_of_its_size_and_kind(specs, world, limit):
+    buckets = plan_layout(specs, world, limit)
+    slots = [(slot.param, slot.numel, b.kind) for b in buckets for slot in b.slots]
+    assert sorted(slots) == [(i, spec.numel, spec.kind) for i, spec in enumerate(specs)]
+    assert all(b.world_size == world for b in buckets)
+
+
+@every_layout
+def test_slots_are_aligned_ordered_and_do_not_overlap(specs, world, limit):
+    for bucket in plan_layout(specs, world, limit):
+        assert all(slot.start * itemsize(bucket) % ALIGN_BYTES == 0 for slot in bucket.slots)
+        for a, b in pairwise(bucket.slots):
+            assert a.interval.stop <= b.start
+            assert a.param > b.param
+        assert bucket.slots[0].start == 0
+        assert bucket.slots[-1].interval.stop <= bucket.numel
+
+
+@every_layout
+def test_shards_are_aligned_equal_and_tile_the_bucket(specs, world, limit):
+    for bucket in plan_layout(specs, world, limit):
+        shards = [bucket.shard(rank) for rank in range(world)]
+        assert shards[0].start == 0
+        assert shards[-1].stop == bucket.numel
+        assert all(a.stop == b.start for a, b in pairwise(shards))
+        assert {shard.numel for shard in shards} == {bucket.shard_numel}
+        assert bucket.shard_numel * itemsize(bucket) % ALIGN_BYTES == 0
+
+
+@every_layout
+def test_slices_tile_every_slot_and_agree_with_places(specs, world, limit):
+    for bucket in plan_layout(specs, world, limit):
+        for slot in bucket.slots:
+            covered = []
+            for rank in range(world):
+                part, place = bucket.slice(slot, rank), bucket.place(slot, rank)
+                assert part.numel == place.numel
+                assert 0 <= part.start <= part.stop <= slot.numel
+                assert 0 <= place.start <= place.stop <= bucket.shard_numel
+                if part.numel:
+                    assert slot.start + part.start == bucket.shard(rank).start + place.start
+                covered += range(part.start, part.stop)
+            assert covered == list(range(slot.numel))
+
+
+@exhaustive
+@given(specs=specs, world=worlds, limit=limits, flags=flags)
+def test_runs_hold_the_present_slots_and_nothing_of_the_absent(specs, world, limit, flags):
+    for bucket in plan_layout(specs, world, limit):
+        present = [flags[slot.param] for slot in bucket.slots]
+        for rank in range(world):
+            runs = bucket.runs(present, rank)
+            covered = [element for run in runs for element in range(run.start, run.stop)]
+            assert len(covered) == len(set(covered))
+            owned = [elements(bucket.place(slot, rank)) for slot in bucket.slots]
+            wanted = set().union(*(e for e, here in zip(owned, present, strict=True) if here))
+            refused = set().union(*(e for e, here in zip(owned, present, strict=True) if not here))
+            assert wanted <= set(covered)
+            assert not refused & set(covered)
+            # What else is in a run is padding: it belongs to nobody.
+            assert not (set(covered) - wanted) & set().union(*owned)
+            if all(present):
+                assert len(runs) <= 1
+
+
+@every_layout
+def test_a_bucket_stays_below_the_limit_unless_it_has_a_single_slot(specs, world, limit):
+    for bucket in plan_layout(specs, world, limit):
+        used = bucket.slots[-1].interval.stop * itemsize(bucket)
+        assert used <= limit or len(bucket.slots) == 1
+
+
+@every_layout
+def test_a_bucket_closes_only_where_the_next_parameter_would_not_fit(specs, world, limit):
+    by_kind: dict[tuple[str, ...], list[Bucket]] = {}
+    for bucket in plan_layout(specs, world, limit):
+        by_kind.setdefault(bucket.kind, []).append(bucket)
+    for buckets in by_kind.values():
+        for bucket, following in pairwise(buckets):
+            at = -(-bucket.slots[-1].interval.stop * itemsize(bucket) // ALIGN_BYTES) * ALIGN_BYTES
+            assert at + following.slots[0].numel * itemsize(bucket) > limit
+
+
+@every_layout
+def test_buckets_come_in_the_order_in_which_backward_completes_them(specs, world, limit):
+    firsts = [min(slot.param for slot in b.slots) for b in plan_layout(specs, world, limit)]
+    assert firsts == sorted(firsts, reverse=True)
+
+
+@every_layout
+def test_a_rank_stores_its_share_and_little_padding(specs, world, limit):
+    for bucket in plan_layout(specs, world, limit):
+        align = ALIGN_BYTES // itemsize(bucket)
+        padded = sum(slot.numel for slot in bucket.slots) + (align - 1) * (len(bucket.slots) - 1)
+        # 1 for the division by the ranks, align - 1 for the end of the shard.
+        assert bucket.shard_numel <= padded / world + 1 + (align - 1)
+
+
+def test_one_large_parameter_is_cut_evenly():
+    """The sizes that ZeroRedundancyOptimizer shards as 1000 / 30 (DESIGN, section 1)."""
+    sizes = [1000, 10, 10, 10]
+    (bucket,) = plan_layout([ParamSpec(n, 4, ()) for n in sizes], 2, 10**9)
+    owned = [sum(bucket.slice(s, rank).numel for s in bucket.slots) for rank in range(2)]
+    assert sum(owned) == 1030
+    assert max(owned) - min(owned) <= 8
+
+
+def test_a_bucket_whose_slots_are_all_present_is_one_run_across_padding():
+    (bucket,) = plan_layout([ParamSpec(n, 4, ()) for n in (5, 5, 5)], 1, 10**9)
+    assert bucket.runs([True, True, True], 0) == [Interval(0, 21)]
+    assert bucket.runs([True, False, True], 0) == [Interval(0, 5), Interval(16, 21)]
+
+
+def test_runs_wants_one_flag_a_slot():
+    bucket = Bucket((), (Slot(0, 0, 4),), 4, 1)
+    with pytest.raises(ValueError, match="zip"):
+        bucket.runs([True, False], 0)
+
+
+@exhaustive
+@given(
+    shape=st.lists(st.integers(0, 4), max_size=5),
+    permutation=st.randoms(use_true_random=False),
+)
+def test_storage_order_makes_any_dense_tensor_contiguous(shape, permutation):
+    order = list(range(len(shape)))
+    permutation.shuffle(order)
+    tensor = torch.empty(shape).permute(order)
+    found = storage_order(tensor.shape, tensor.stride())
+    assert sorted(found) == sorted(order)
+    assert tensor.permute(found).is_contiguous()
+
+
+def test_storage_order_of_channels_last():
+    tensor = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert storage_order(tensor.shape, tensor.stride()) == (0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.empty(4, 6)[:, ::2],
+        torch.empty(6, 4).t()[:, ::2],
+        torch.empty(4, 6)[:, :5].t(),
+        torch.empty(1, 4).expand(3, 4),
+        torch.empty(10).as_strided((3, 4), (1, 2)),
+    ],
+    ids=["holes", "transposed holes", "transposed cut", "expanded", "overlapping"],
+)
+def test_storage_order_of_holes_and_overlaps_is_row_major(tensor):
+    assert storage_order(tensor.shape, tensor.stride()) == tuple(range(tensor.dim()))

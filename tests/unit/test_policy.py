@@ -1,0 +1,35 @@
+"""ShardPolicy refuses what it cannot do, and never changes."""
+
+import dataclasses
+import math
+
+import pytest
+
+from adadelta_dist import ShardPolicy
+
+
+def test_the_defaults_are_those_of_the_documentation():
+    assert dataclasses.asdict(ShardPolicy()) == {
+        "bucket_mb": 25.0,
+        "overlap": True,
+        "gradients": "local",
+    }
+
+
+@pytest.mark.parametrize("bucket_mb", [0, -1, math.nan])
+def test_a_bucket_size_that_is_not_positive_is_refused_with_its_value(bucket_mb):
+    with pytest.raises(ValueError, match=f"bucket_mb must be positive, got {bucket_mb}"):
+        ShardPolicy(bucket_mb=bucket_mb)
+
+
+def test_an_unknown_kind_of_gradients_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="must be 'local' or 'averaged', got 'mean'"):
+        ShardPolicy(gradients="mean")
+
+
+def test_a_policy_is_frozen_and_compares_by_value():
+    policy = ShardPolicy(bucket_mb=1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.bucket_mb = 2
+    assert policy == ShardPolicy(bucket_mb=1.0)
+    assert str(policy) == str(ShardPolicy(bucket_mb=1))
