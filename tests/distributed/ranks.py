@@ -63,7 +63,7 @@ class Ranks:
                 (outcomes if ok else failures)[rank] = value
             if failures:  # the others may wait for the one that failed: not for long
                 end = min(end, time.monotonic() + 2.0)
-        failures |= {rank: f"no answer within {deadline} s" for rank in waiting.values()}
+        failures |= dict.fromkeys(waiting.values(), f"no answer within {deadline} s")
         if failures:
             self.close()
             raise RankFailure("".join(f"\n--- rank {r}\n{text}" for r, text in failures.items()))
