@@ -7,7 +7,7 @@ READY := .venv/.ready
 
 demo: $(READY)  ## train on 2 ranks, resume on 1, leave runs/demo/curves.png
 	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_torchrun.py --out runs/demo
-	$(BIN)/python examples/train_torchrun.py --out runs/demo --resume runs/demo/checkpoint.pt --more 2
+	$(BIN)/python examples/train_torchrun.py --out runs/demo --resume runs/demo/checkpoint.pt --epochs 14
 
 test: $(READY)  ## all tests, with real processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
