@@ -12,7 +12,7 @@ from . import functional
 from .functional import Entry
 from .layout import storage_order
 
-_PACK_NUMEL = 2**17
+_PACK_NUMEL = 2**18
 
 
 class Adadelta(torch.optim.Adadelta):
@@ -139,7 +139,7 @@ def _step_fused(entries: Iterable[Entry], group: dict[str, Any]) -> None:
     large: list[Entry] = []
     for entry in entries:
         param = entry[0]
-        flat = _flattened(entry) if param.numel() > _PACK_NUMEL // 2 else None
+        flat = _flattened(entry) if param.numel() > _PACK_NUMEL // 4 else None
         if flat is not None:
             large.append(flat)
         else:

@@ -9,6 +9,7 @@ and lets `p.grad` be a view there.
 import weakref
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from . import collectives
 from .collectives import Group, Pending
-from .layout import Bucket, storage_order
+from .layout import Bucket, Interval, storage_order
 
 
 def unflatten(flat: Tensor, like: Tensor, order: Sequence[int]) -> Tensor:
@@ -71,7 +72,8 @@ class FlatBucket:
         self.grad_shard = self._empty(plan.shard_numel)
         if group.world_size == 1 and self.flat_grad is not None:
             self.grad_shard = self.flat_grad
-        self.is_complex = self.params[0].is_complex()
+        self._is_complex = self.params[0].is_complex()
+        self._all_runs = plan.runs([True] * len(params), group.rank)
         self.present = [False] * len(params)
         self.launched = False
         self.accumulating = False
@@ -96,6 +98,16 @@ class FlatBucket:
         own = self.plan.shard(self.group.rank)
         return self.flat_param[own.start : own.stop]
 
+    def own_runs(self) -> list[Interval]:
+        """Where in its shard this rank has gradients to step with."""
+        if all(self.present):  # the common case, and a slow loop otherwise
+            return self._all_runs
+        return self.plan.runs(self.present, self.group.rank)
+
+    def typed(self, flat: Tensor) -> Tensor:
+        """Flat memory as the parameters' own dtype: complex where they are."""
+        return torch.view_as_complex(flat.view(-1, 2)) if self._is_complex else flat
+
     def views_of(self, flat: Tensor) -> list[Tensor]:
         """The slots of a tensor [numel], each in its parameter's shape and strides."""
         return [
@@ -109,10 +121,11 @@ class FlatBucket:
         Raises:
             RuntimeError: a parameter has another shape, dtype or device by now.
         """
-        for i, p in enumerate(self.params):
-            if p.data_ptr() == self._addresses[i] and p.dtype == self._param_views[i].dtype:
+        if list(map(Tensor.data_ptr, self.params)) == self._addresses:
+            return
+        for i, (p, view) in enumerate(zip(self.params, self._param_views, strict=True)):
+            if p.data_ptr() == self._addresses[i]:
                 continue
-            view = self._param_views[i]
             if (p.shape, p.dtype, p.device) != (view.shape, view.dtype, view.device):
                 raise RuntimeError(
                     f"{self.names[i]} was {_described(view)} when ShardedAdadelta was built and is "
@@ -137,7 +150,11 @@ class FlatBucket:
         """Bring all gradients into flat memory and start their reduction. Collective."""
         self.wait()
         self._seen = [p.grad for p in self.params]
-        self._seen_versions = [self._collect(i, grad) for i, grad in enumerate(self._seen)]
+        if self._grad_views and all(map(is_, self._seen, self._grad_views)):
+            self._seen_versions = [-1] * len(self._seen)
+            self._is_zero = [False] * len(self._seen)
+        else:
+            self._seen_versions = [self._collect(i, grad) for i, grad in enumerate(self._seen)]
         self.launched, self.accumulating = True, False
         flat = self.flat_grad
         if flat is not None:

@@ -129,33 +129,28 @@ def plan_layout(
 
     Slots follow the reverse order of the parameters, which is about the order in
     which backward makes their gradients, and the buckets are returned in the order
-    in which they are complete. A parameter is never split over two buckets; one
-    larger than `bucket_bytes` has a bucket of its own.
+    in which they are complete. A parameter is never split over two buckets.
 
     Args:
         specs: the parameters, in the optimizer's order.
         world_size: number of shards of each bucket.
-        bucket_bytes: a bucket takes parameters until it would exceed this.
+        bucket_bytes: a bucket takes parameters until it holds this much.
     """
-    closed: list[tuple[Kind, int, list[Slot]]] = []
-    open_slots: dict[Kind, list[Slot]] = {}
+    filled: list[tuple[Kind, list[Slot]]] = []
+    filling: dict[Kind, list[Slot]] = {}
     for index in reversed(range(len(specs))):
         spec = specs[index]
-        slots = open_slots.setdefault(spec.kind, [])
-        align = max(1, ALIGN_BYTES // spec.itemsize)
-        start = _round_up(slots[-1].interval.stop, align) if slots else 0
-        if slots and (start + spec.numel) * spec.itemsize > bucket_bytes:
-            closed.append((spec.kind, align, slots))
-            slots, start = [], 0
-            open_slots[spec.kind] = slots
+        slots = filling.setdefault(spec.kind, [])
+        start = _round_up(slots[-1].interval.stop, _align(spec)) if slots else 0
         slots.append(Slot(index, start, spec.numel))
-    for kind, slots in open_slots.items():
-        align = max(1, ALIGN_BYTES // specs[slots[0].param].itemsize)
-        closed.append((kind, align, slots))
-    buckets = [
-        Bucket(kind, tuple(slots), _shard_numel(slots, world_size, align), world_size)
-        for kind, align, slots in closed
-    ]
+        if (start + spec.numel) * spec.itemsize >= bucket_bytes:
+            filled.append((spec.kind, filling.pop(spec.kind)))
+    filled.extend(filling.items())
+    buckets = []
+    for kind, slots in filled:
+        shard_numel = -(-slots[-1].interval.stop // world_size)
+        shard_numel = _round_up(shard_numel, _align(specs[slots[0].param]))
+        buckets.append(Bucket(kind, tuple(slots), shard_numel, world_size))
     return tuple(sorted(buckets, key=lambda bucket: -bucket.slots[-1].param))
 
 
@@ -174,9 +169,8 @@ def storage_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...
     return tuple(order)
 
 
-def _shard_numel(slots: Sequence[Slot], world_size: int, align: int) -> int:
-    used = slots[-1].interval.stop
-    return _round_up(-(-used // world_size), align)
+def _align(spec: ParamSpec) -> int:
+    return max(1, ALIGN_BYTES // spec.itemsize)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -9,7 +9,8 @@ class ShardPolicy:
     """How `ShardedAdadelta` communicates; equal on every rank.
 
     Args:
-        bucket_mb: size of a bucket in MiB: what one reduction and one gather carry.
+        bucket_mb: a bucket takes parameters until it holds this much, in MiB; it is what
+            one reduction and one gather carry.
         overlap: start reductions during backward, from gradient hooks.
         gradients: "local": each rank has its own, and the optimizer averages them;
             "averaged": they are equal on all ranks already (DistributedDataParallel).

@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -75,14 +76,14 @@ class GradientReducer:
             except RuntimeError as raised:
                 error = error or raised
         edited = [bucket.launched and not bucket.is_current() for bucket in self.buckets]
-        self._warn_of_edits(edited)
+        again = self._agree(edited, facts, error)
+        # First what some ranks have launched already, so that all launch in the same order.
         for bucket in self.buckets:
             if not bucket.launched:
                 bucket.launch()
-        edited = self._agree(edited, facts, error)
-        for bucket, again in zip(self.buckets, edited, strict=True):
-            if again:
-                bucket.launch()
+        self._warn_of_edits(edited)
+        for bucket in compress(self.buckets, again):
+            bucket.launch()
 
     def reset(self) -> None:
         """Begin a new iteration, after a step."""

@@ -1,5 +1,6 @@
 """`ShardedAdadelta`: the optimizer that each rank builds, and that shards its state."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -180,8 +181,8 @@ class ShardedAdadelta(Adadelta):
         if self._group.world_size == 1:
             return
         whole: defaultdict[Tensor, Any] = defaultdict(dict)
+        state.reclaim(self._shards, self.state)
         for shard in self._shards:
-            state.reclaim(shard, self.state)
             for i, p in enumerate(shard.bucket.params):
                 entry = state.gather(shard, i, to)
                 if entry is not None:
@@ -267,7 +268,9 @@ class ShardedAdadelta(Adadelta):
                 params.append(p)
                 names.append(name)
         averaged = self._policy.gradients == "averaged"
-        bucket_bytes = int(self._policy.bucket_mb * 2**20)
+        # With one rank there is nothing to send, and one bucket is one kernel call.
+        alone = self._group.world_size == 1
+        bucket_bytes = sys.maxsize if alone else int(self._policy.bucket_mb * 2**20)
         buckets = []
         for plan in plan_layout(specs, self._group.world_size, bucket_bytes):
             indices = [slot.param for slot in plan.slots]
@@ -276,7 +279,7 @@ class ShardedAdadelta(Adadelta):
             collectives.broadcast(self._group, bucket.flat_param)
             capturable = self.param_groups[plan.kind[0]]["capturable"]
             shard = state.allocate(bucket, capturable=capturable)
-            state.reclaim(shard, self.state)
+            state.reclaim([shard], self.state)
             self._shards.append(shard)
             buckets.append(bucket)
         self._reducer.extend(buckets)
@@ -291,11 +294,11 @@ class ShardedAdadelta(Adadelta):
         fused: list[bool] = []
         error: Exception | None = None
         try:
-            for group in self.param_groups:
-                functional.check_capturable(group, group["params"])
-                fused.append(functional.use_fused(group, group["params"]))
-            for shard in self._shards:
-                state.reclaim(shard, self.state)
+            flats = self._flat_params()
+            for group, flat in zip(self.param_groups, flats, strict=True):
+                functional.check_capturable(group, flat)
+                fused.append(functional.use_fused(group, flat))
+            state.reclaim(self._shards, self.state)
             facts = fingerprint.hyperparameters(self.param_groups)
         except Exception as raised:  # for `reduce` to raise on every rank
             error = raised
@@ -312,16 +315,21 @@ class ShardedAdadelta(Adadelta):
             torch.autograd.graph.increment_version(bucket.params)
         self._reducer.reset()
 
+    def _flat_params(self) -> list[list[Tensor]]:
+        """The buckets of each group."""
+        flats: list[list[Tensor]] = [[] for _ in self.param_groups]
+        for bucket in (shard.bucket for shard in self._shards):
+            flats[bucket.plan.kind[0]].append(bucket.typed(bucket.flat_param))
+        return flats
+
 
 def _step_shard(shard: ShardState, group: dict[str, Any], *, fused: bool) -> None:
     """Update what this rank owns of one bucket, where a gradient is present."""
     bucket = shard.bucket
     shard.steps.add_(torch.tensor(bucket.present, dtype=shard.steps.dtype).to(shard.steps.device))
     flats = (bucket.own_param, bucket.grad_shard, *shard.accumulators)
-    for run in bucket.plan.runs(bucket.present, bucket.group.rank):
-        pieces = (flat[run.start : run.stop] for flat in flats)
-        if bucket.is_complex:  # complex arithmetic rounds differently, so let torch see it
-            pieces = (torch.view_as_complex(piece.view(-1, 2)) for piece in pieces)
+    for run in bucket.own_runs():
+        pieces = (bucket.typed(flat[run.start : run.stop]) for flat in flats)
         param, grad, square_avg, acc_delta = pieces
         entry = (param, grad, square_avg, acc_delta)
         if fused:
@@ -332,9 +340,11 @@ def _step_shard(shard: ShardState, group: dict[str, Any], *, fused: bool) -> Non
 
 def _global_norm(group: Group, grads: Sequence[Tensor], norm_type: float) -> Tensor:
     """The p-norm of all ranks' shards as one vector, in fp64 on the CPU."""
-    norms = torch.stack(
-        [torch.linalg.vector_norm(grad, norm_type).to("cpu", torch.float64) for grad in grads]
-    )
+    by_bucket = [
+        torch.linalg.vector_norm(g, norm_type, dtype=torch.promote_types(g.dtype, torch.float32))
+        for g in grads
+    ]
+    norms = torch.stack([norm.to("cpu", torch.float64) for norm in by_bucket])
     if norm_type == float("inf"):
         return collectives.combine(group, norms.max(), "max")
     return collectives.combine(group, (norms**norm_type).sum(), "sum") ** (1 / norm_type)

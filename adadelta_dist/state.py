@@ -1,6 +1,6 @@
 """The accumulators that one rank owns, and how they enter and leave a state dict."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
@@ -55,16 +55,21 @@ def allocate(bucket: FlatBucket, *, capturable: bool) -> ShardState:
     return ShardState(bucket, accumulators, steps, entries)
 
 
-def reclaim(shard: ShardState, state: State) -> None:
+def reclaim(shards: Sequence[ShardState], state: State) -> None:
     """Make the optimizer's state views again where somebody replaced or removed entries.
 
     A replaced value is adopted; a removed one counts as zero, as torch would begin anew.
     """
-    for i, (p, entry) in enumerate(zip(shard.bucket.params, shard.entries, strict=True)):
-        held = state.get(p)
-        if held is None or not all(map(is_, entry.values(), map(held.get, entry))):
-            check(shard, i, held or {})
-            adopt(shard, i, held or {}, state)
+    held_values = _values(state.values())
+    views = _values(entry for shard in shards for entry in shard.entries)
+    if len(held_values) == len(views) and all(map(is_, held_values, views)):
+        return  # the common case, and a slow loop otherwise
+    for shard in shards:
+        for i, (p, entry) in enumerate(zip(shard.bucket.params, shard.entries, strict=True)):
+            held = state.get(p)
+            if held is None or not all(map(is_, entry.values(), map(held.get, entry))):
+                check(shard, i, held or {})
+                adopt(shard, i, held or {}, state)
 
 
 def check(shard: ShardState, i: int, values: Mapping[str, Any]) -> None:
@@ -141,6 +146,10 @@ def gather(shard: ShardState, i: int, dst: int) -> dict[str, Tensor] | None:
         if whole is not None:
             entry[name] = unflatten(whole, bucket.params[i], bucket.orders[i])
     return entry if bucket.group.rank == dst else None
+
+
+def _values(entries: Iterable[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, entries)))
 
 
 def _view(bucket: FlatBucket, i: int, flat: Tensor) -> Tensor:
