@@ -80,7 +80,6 @@ class FlatBucket:
         self.ready: set[int] = set()
         self.expected = 0
         self._param_views = self.views_of(self.flat_param)
-        self._addresses = [view.data_ptr() for view in self._param_views]
         self._grad_views = [] if self.flat_grad is None else self.views_of(self.flat_grad)
         self._is_zero = [True] * len(params)
         self._seen: list[Tensor | None] = []
@@ -121,18 +120,18 @@ class FlatBucket:
         Raises:
             RuntimeError: a parameter has another shape, dtype or device by now.
         """
-        if list(map(Tensor.data_ptr, self.params)) == self._addresses:
+        if all(map(Tensor.is_set_to, self.params, self._param_views)):
             return
-        for i, (p, view) in enumerate(zip(self.params, self._param_views, strict=True)):
-            if p.data_ptr() == self._addresses[i]:
+        for name, p, view in zip(self.names, self.params, self._param_views, strict=True):
+            if p.is_set_to(view):
                 continue
             if (p.shape, p.dtype, p.device) != (view.shape, view.dtype, view.device):
                 raise RuntimeError(
-                    f"{self.names[i]} was {_described(view)} when ShardedAdadelta was built and is "
+                    f"{name} was {_described(view)} when ShardedAdadelta was built and is "
                     f"{_described(p)} now. Build the optimizer last, after model.to(...), "
                     ".half() and whatever else replaces parameters."
                 )
-            view.copy_(p.detach())
+            view.copy_(p.detach().clone())  # it may be another view of the same memory
             p.data = view
 
     def take(self, i: int) -> bool:

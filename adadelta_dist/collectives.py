@@ -11,7 +11,7 @@ it deterministic (docs/design.md has the measurements).
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,8 +36,9 @@ class Group:
         process_group: None for a single process.
         rank: this process's rank within the group.
         world_size: number of ranks in the group.
-        channel: tag of pairwise messages, the same on all ranks and new for each optimizer,
-            so that what one of them left unfinished never reaches another.
+        channel: first tag of pairwise messages, the same on all ranks and new for each
+            optimizer, so that what one of them left unfinished never reaches another. The
+            second tag is for state, which may travel while reductions are in flight.
     """
 
     process_group: dist.ProcessGroup | None = None
@@ -82,10 +83,27 @@ def join(process_group: dist.ProcessGroup | None) -> Group:
     return Group(group, rank, dist.get_world_size(group))
 
 
+def check_devices(group: Group, tensors: Iterable[Tensor]) -> None:
+    """Refuse what the group cannot send.
+
+    Raises:
+        ValueError: a device without a backend, or one other than the CPU on gloo.
+    """
+    for device in {tensor.device.type for tensor in tensors}:
+        backend = group.backends.get(device)
+        if group.world_size > 1 and device != "meta" and backend in (None, "gloo"):
+            if device == "cpu" and backend == "gloo":
+                continue
+            raise ValueError(
+                f"parameters on {device}, and the process group has {backend or 'no backend'} for "
+                "it. Use init_process_group('cpu:gloo,cuda:nccl'), or move the model."
+            )
+
+
 def open_channel(group: Group) -> Group:
     """The same group with a channel of its own. Collective."""
     agreed = int(combine(group, torch.tensor(_channels[0]), "max"))
-    _channels[0] = agreed + 1
+    _channels[0] = agreed + 2
     return replace(group, channel=agreed)
 
 
@@ -196,11 +214,11 @@ def gather_slices(group: Group, mine: Tensor, numels: Sequence[int], dst: int) -
     """
     if group.rank != dst:
         if mine.numel():
-            _send(group, mine, dst).wait()
+            _send(group, mine, dst, lane=1).wait()
         return None
     pieces = [mine if rank == dst else mine.new_empty(n) for rank, n in enumerate(numels)]
     works = [
-        _receive(group, piece, rank)
+        _receive(group, piece, rank, lane=1)
         for rank, piece in enumerate(pieces)
         if rank != dst and piece.numel()
     ]
@@ -302,11 +320,11 @@ def _process_group(group: Group) -> dist.ProcessGroup:
     return group.process_group
 
 
-def _send(group: Group, tensor: Tensor, target: int) -> Any:
+def _send(group: Group, tensor: Tensor, target: int, lane: int = 0) -> Any:
     target = dist.get_global_rank(_process_group(group), target)
-    return dist.isend(tensor, target, group=group.process_group, tag=group.channel)
+    return dist.isend(tensor, target, group=group.process_group, tag=group.channel + lane)
 
 
-def _receive(group: Group, tensor: Tensor, source: int) -> Any:
+def _receive(group: Group, tensor: Tensor, source: int, lane: int = 0) -> Any:
     source = dist.get_global_rank(_process_group(group), source)
-    return dist.irecv(tensor, source, group=group.process_group, tag=group.channel)
+    return dist.irecv(tensor, source, group=group.process_group, tag=group.channel + lane)

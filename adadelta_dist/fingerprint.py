@@ -11,28 +11,28 @@ from .layout import storage_order
 ParamGroup = Mapping[str, Any]
 
 
-def named(g: int, group: dict[str, Any]) -> dict[str, Tensor]:
-    """The group's parameters by name, each once."""
+def named(g: int, group: ParamGroup) -> list[tuple[str, Tensor]]:
+    """The parameters of group `g`, each once, with a name for messages."""
     unique = list(dict.fromkeys(group["params"]))
     given = dict(zip(group["params"], group.get("param_names", ()), strict=False))
-    return {given.get(p, f"parameter {i} of group {g}"): p for i, p in enumerate(unique)}
+    return [(given.get(p, f"parameter {i} of group {g}"), p) for i, p in enumerate(unique)]
 
 
-def facts(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """What must be equal on every rank, a line each."""
+def facts(groups: Sequence[ParamGroup], first: int = 0) -> list[str]:
+    """What must be equal on every rank, a line each; `first` is the index of groups[0]."""
     parameters = [
         f"{name}: {tuple(p.shape)}, {p.dtype}, {p.device.type}, "
         f"memory order {storage_order(p.shape, p.stride())}"
-        for g, group in enumerate(groups)
-        for name, p in named(g, group).items()
+        for g, group in enumerate(groups, first)
+        for name, p in named(g, group)
     ]
-    return [*parameters, *hyperparameters(groups)]
+    return [*parameters, *hyperparameters(groups, first)]
 
 
-def hyperparameters(groups: Sequence[dict[str, Any]]) -> list[str]:
+def hyperparameters(groups: Sequence[ParamGroup], first: int = 0) -> list[str]:
     return [
         f"group {g}: {name}={plain(group[name])}"
-        for g, group in enumerate(groups)
+        for g, group in enumerate(groups, first)
         for name in HYPERPARAMETERS
     ]
 

@@ -59,8 +59,8 @@ class FlatSlice(Tensor):
         first = args[0]
         if func not in _ON_LOCAL or not isinstance(first, FlatSlice) or not _alike(slices):
             raise NotImplementedError(
-                f"{func} on a FlatSlice: this rank holds {slices[0] if slices else ''} alone. Use "
-                "its .local, or optimizer.consolidate_state_dict() for the whole."
+                f"{func} on a FlatSlice, of which this rank holds one piece alone. Use its .local, "
+                "or optimizer.consolidate_state_dict() for the whole."
             )
         local = func(*(getattr(a, "local", a) for a in args), **(kwargs or {}))
         if local is first.local:

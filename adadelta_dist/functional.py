@@ -11,12 +11,14 @@ Per element, with g the gradient (negated if `maximize`) and x the parameter:
 `eager_` is torch's own functional `adadelta`. `fused_` is the same formula as one
 kernel, made by `torch.compile` from `_formula` for the CPU (C++) and for CUDA
 (Triton): it touches each of the 28 bytes of an fp32 element once, and differs
-from eager by rounding alone (2 ulp per step).
+from eager by rounding alone (docs/design.md has the measured bounds).
 """
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -96,14 +98,15 @@ def fused_(entries: Iterable[Entry], group: Mapping[str, Any]) -> None:
     scalars: dict[torch.dtype, tuple[Tensor, ...]] = {}
     for entry in entries:
         param = entry[0]
-        if not param.numel():
+        if param.numel() < 2:  # a size of one would compile a kernel of its own
+            eager_flat_(entry, group)
             continue
-        compute = torch.float64 if param.dtype == torch.float64 else torch.float32
+        compute = _compute_dtype(param.dtype)
         if compute not in scalars:
             scalars[compute] = _scalars(group, compute)
-        _kernel(param.device.type, param.dtype)(
-            *(tensor.detach() for tensor in entry), *scalars[compute]
-        )
+        kernel = _kernel(param.device.type, param.dtype)
+        with torch.no_grad():
+            kernel(*(tensor.detach() for tensor in entry), *scalars[compute])
 
 
 def use_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
@@ -179,14 +182,14 @@ def _formula(
     weight_decay: Tensor,
     sign: Tensor,
 ) -> None:
-    compute = torch.float64 if param.dtype == torch.float64 else torch.float32
+    compute = _compute_dtype(param.dtype)
     x, g, v, u = (t.to(compute) for t in (param, grad, square_avg, acc_delta))
     g = sign * g
     # Where, not a plain sum: without weight decay an infinite parameter leaves g alone.
     g = torch.where(weight_decay != 0, g + weight_decay * x, g)
-    v = rho * v + one_minus_rho * (g * g)
+    v = rho * v + (one_minus_rho * g) * g
     d = (u + eps).sqrt() / (v + eps).sqrt() * g
-    u = rho * u + one_minus_rho * (d * d)
+    u = rho * u + (one_minus_rho * d) * d
     square_avg.copy_(v)
     acc_delta.copy_(u)
     param.copy_(x - lr * d)
@@ -195,16 +198,18 @@ def _formula(
 def _scalars(group: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The hyperparameters as 0-dim tensors: as Python numbers each new one would recompile."""
     lr = group["lr"]
-    lr = lr.detach().squeeze() if isinstance(lr, Tensor) else torch.tensor(lr)
+    if isinstance(lr, Tensor):
+        lr = lr.detach().squeeze().to(dtype)
+    else:
+        lr = torch.tensor(lr, dtype=dtype)
     rho = group["rho"]
     sign = -1.0 if group["maximize"] else 1.0
     rest = (rho, 1 - rho, group["eps"], group["weight_decay"], sign)
-    return lr.to(dtype), *(torch.tensor(float(value), dtype=dtype) for value in rest)
+    return lr, *(torch.tensor(float(value), dtype=dtype) for value in rest)
 
 
-@functools.cache
-def _compiled() -> Callable[..., None]:
-    return torch.compile(_formula, dynamic=True, fullgraph=True)
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @functools.cache
@@ -214,12 +219,15 @@ def _kernel(device_type: str, dtype: torch.dtype) -> Callable[..., None]:
     The first run compiles: if that fails, nobody's state is half updated. Its size
     matters too, for the compiler decides by it whether a loop is worth threads.
     """
-    compiled = _compiled()
+    # A code object of its own: the compiler counts the variants of each, and gives up at 8.
+    code = _formula.__code__.replace(co_name=f"adadelta_{device_type}_{dtype}".replace(".", "_"))
+    formula = FunctionType(code, globals())
+    compiled = torch.compile(formula, dynamic=True, fullgraph=True)
     scratch = [torch.zeros(FUSED_MIN_NUMEL, dtype=dtype, device=device_type) for _ in range(4)]
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
     group = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0, "maximize": False}
-    with torch.no_grad():
-        compiled(*scratch, *_scalars(group, compute))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        compiled(*scratch, *_scalars(group, _compute_dtype(dtype)))
     return compiled
 
 
@@ -229,7 +237,7 @@ def _no_kernel(device_type: str, dtype: torch.dtype) -> str | None:
     try:
         _kernel(device_type, dtype)
     except Exception as error:  # whatever the compiler's toolchain raises
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         logger.warning("the fused step is off for %s on %s: %s", dtype, device_type, reason)
         return reason
     return None

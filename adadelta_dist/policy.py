@@ -21,7 +21,7 @@ class ShardPolicy:
     gradients: Literal["local", "averaged"] = "local"
 
     def __post_init__(self) -> None:
-        if not self.bucket_mb > 0:
-            raise ValueError(f"bucket_mb must be positive, got {self.bucket_mb}")
+        if not 0 < self.bucket_mb < float("inf"):
+            raise ValueError(f"bucket_mb must be positive and finite, got {self.bucket_mb}")
         if self.gradients not in ("local", "averaged"):
             raise ValueError(f"gradients must be 'local' or 'averaged', got {self.gradients!r}")

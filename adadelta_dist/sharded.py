@@ -2,7 +2,6 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
@@ -15,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from . import collectives, fingerprint, functional, state
 from .adadelta import Adadelta
 from .buckets import FlatBucket, check_memory
+from .clipping import clip_shards_
 from .collectives import Group
 from .layout import ParamSpec, plan_layout
 from .policy import ShardPolicy
@@ -87,7 +87,7 @@ class ShardedAdadelta(Adadelta):
                 differentiable=differentiable,
                 fused=fused,
             )
-            check_memory(p for g in self.param_groups for p in g["params"])
+            self._check_params()
             mine.facts.extend([str(policy), *fingerprint.facts(self.param_groups)])
         if not differentiable:
             self._install(0)
@@ -101,8 +101,8 @@ class ShardedAdadelta(Adadelta):
         try:
             with collectives.agreement(self._group, "add_param_group") as mine:
                 super().add_param_group(param_group)
-                check_memory(p for g in self.param_groups for p in g["params"])
-                mine.facts.extend(fingerprint.facts(self.param_groups[count:]))
+                self._check_params()
+                mine.facts.extend(fingerprint.facts(self.param_groups[count:], count))
         except Exception:
             del self.param_groups[count:]
             raise
@@ -142,16 +142,9 @@ class ShardedAdadelta(Adadelta):
         for shard in self._shards:
             shard.bucket.wait()
         grads = [shard.bucket.grad_shard for shard in self._shards]
-        norm = _global_norm(self._group, grads, float(norm_type))
-        if error_if_nonfinite and not norm.isfinite():
-            raise RuntimeError(
-                f"The total norm of order {norm_type} for gradients is non-finite, so it cannot "
-                "be clipped. To disable this error, set error_if_nonfinite=False"
-            )
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(scale.to(grad))
-        return norm.to(grads[0])
+        return clip_shards_(
+            self._group, grads, max_norm, norm_type, error_if_nonfinite=error_if_nonfinite
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch's. With more ranks, `FlatSlice` of what this rank owns.
@@ -255,13 +248,18 @@ class ShardedAdadelta(Adadelta):
         self._reducer = GradientReducer(group, overlap=policy.overlap)
         self._consolidated = None
 
+    def _check_params(self) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        check_memory(params)
+        collectives.check_devices(self._group, params)
+
     def _install(self, first_group: int) -> None:
         """Move the parameters of the groups from `first_group` on into buckets. Collective."""
         if not self._installed:
             self._group = collectives.open_channel(self._group)
         params, names, specs = [], [], []
         for g, group in enumerate(self.param_groups[first_group:], first_group):
-            for name, p in fingerprint.named(g, group).items():
+            for name, p in fingerprint.named(g, group):
                 real = p.dtype.to_real()
                 numel = p.numel() * (2 if p.is_complex() else 1)
                 specs.append(ParamSpec(numel, real.itemsize, (g, p.dtype, p.device)))
@@ -336,15 +334,3 @@ def _step_shard(shard: ShardState, group: dict[str, Any], *, fused: bool) -> Non
             functional.fused_([entry], group)
         else:
             functional.eager_flat_(entry, group)
-
-
-def _global_norm(group: Group, grads: Sequence[Tensor], norm_type: float) -> Tensor:
-    """The p-norm of all ranks' shards as one vector, in fp64 on the CPU."""
-    by_bucket = [
-        torch.linalg.vector_norm(g, norm_type, dtype=torch.promote_types(g.dtype, torch.float32))
-        for g in grads
-    ]
-    norms = torch.stack([norm.to("cpu", torch.float64) for norm in by_bucket])
-    if norm_type == float("inf"):
-        return collectives.combine(group, norms.max(), "max")
-    return collectives.combine(group, (norms**norm_type).sum(), "sum") ** (1 / norm_type)

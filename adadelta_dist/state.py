@@ -93,11 +93,12 @@ def check(shard: ShardState, i: int, values: Mapping[str, Any]) -> None:
                 f"{tuple(view.shape)}: the checkpoint is of another model"
             )
         if isinstance(value, FlatSlice) and (
-            not isinstance(view, FlatSlice) or value.interval != view.interval
+            not isinstance(view, FlatSlice)
+            or (value.interval, value.order) != (view.interval, view.order)
         ):
             raise ValueError(
-                f"{key} of {name} is the slice {value.interval} of another world size or bucket "
-                "size. Load a consolidated state dict instead."
+                f"{key} of {name} is the slice {value.interval} of another world size, bucket size "
+                "or memory format. Load a consolidated state dict instead."
             )
 
 

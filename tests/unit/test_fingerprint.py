@@ -76,4 +76,12 @@ def test_a_tensor_on_an_accelerator_is_not_waited_for():
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_a_duplicate_has_one_name():
     (p,) = parameters([(2,)])
-    assert fingerprint.named(0, Adadelta([p, p]).param_groups[0]) == {"parameter 0 of group 0": p}
+    ((name, only),) = fingerprint.named(0, Adadelta([p, p]).param_groups[0])
+    assert name == "parameter 0 of group 0"
+    assert only is p
+
+
+def test_parameters_of_one_name_are_all_there():
+    both = parameters([(2,), (3,)])
+    group = Adadelta([("twin", p) for p in both]).param_groups[0]
+    assert [p for _, p in fingerprint.named(0, group)] == both

@@ -109,21 +109,20 @@ def test_runs_hold_the_present_slots_and_nothing_of_the_absent(specs, world, lim
 
 
 @every_layout
-def test_a_bucket_stays_below_the_limit_unless_it_has_a_single_slot(specs, world, limit):
+def test_a_bucket_takes_no_parameter_once_it_holds_the_limit(specs, world, limit):
     for bucket in plan_layout(specs, world, limit):
-        used = bucket.slots[-1].interval.stop * itemsize(bucket)
-        assert used <= limit or len(bucket.slots) == 1
+        for slot in bucket.slots[:-1]:
+            assert slot.interval.stop * itemsize(bucket) < limit
 
 
 @every_layout
-def test_a_bucket_closes_only_where_the_next_parameter_would_not_fit(specs, world, limit):
+def test_a_bucket_closes_only_where_it_holds_the_limit(specs, world, limit):
     by_kind: dict[tuple[str, ...], list[Bucket]] = {}
     for bucket in plan_layout(specs, world, limit):
         by_kind.setdefault(bucket.kind, []).append(bucket)
-    for buckets in by_kind.values():
-        for bucket, following in pairwise(buckets):
-            at = -(-bucket.slots[-1].interval.stop * itemsize(bucket) // ALIGN_BYTES) * ALIGN_BYTES
-            assert at + following.slots[0].numel * itemsize(bucket) > limit
+    for *closed, _ in by_kind.values():
+        for bucket in closed:
+            assert bucket.slots[-1].interval.stop * itemsize(bucket) >= limit
 
 
 @every_layout
@@ -179,6 +178,11 @@ def test_storage_order_makes_any_dense_tensor_contiguous(shape, permutation):
 def test_storage_order_of_channels_last():
     tensor = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
     assert storage_order(tensor.shape, tensor.stride()) == (0, 2, 3, 1)
+
+
+def test_storage_order_puts_dimensions_of_size_one_last_among_equal_strides():
+    assert storage_order((1, 3), (1, 1)) == (1, 0)
+    assert storage_order((3, 1), (1, 1)) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ def test_the_defaults_are_those_of_the_documentation():
     }
 
 
-@pytest.mark.parametrize("bucket_mb", [0, -1, math.nan])
+@pytest.mark.parametrize("bucket_mb", [0, -1, math.nan, math.inf])
 def test_a_bucket_size_that_is_not_positive_is_refused_with_its_value(bucket_mb):
-    with pytest.raises(ValueError, match=f"bucket_mb must be positive, got {bucket_mb}"):
+    with pytest.raises(ValueError, match=f"bucket_mb must be positive and finite, got {bucket_mb}"):
         ShardPolicy(bucket_mb=bucket_mb)
 
 

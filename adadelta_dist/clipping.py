@@ -1,0 +1,56 @@
+"""Clipping by the global norm of gradients that are sharded."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import collectives
+from .collectives import Group
+
+
+def clip_shards_(
+    group: Group,
+    shards: Sequence[Tensor],
+    max_norm: float,
+    norm_type: float,
+    *,
+    error_if_nonfinite: bool,
+) -> Tensor:
+    """Scale all ranks' shards so that their norm, as one vector, is at most `max_norm`.
+
+    As `torch.nn.utils.clip_grad_norm_`. Collective.
+
+    Args:
+        shards: this rank's averaged gradients, [shard_numel] each, scaled in place.
+
+    Returns:
+        The norm before clipping, a 0-dim tensor, equal on every rank.
+
+    Raises:
+        RuntimeError: the norm is not finite and `error_if_nonfinite`.
+    """
+    norm = global_norm(group, shards, norm_type)
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients is non-finite, so it cannot "
+            "be clipped. To disable this error, set error_if_nonfinite=False"
+        )
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for shard in shards:
+        shard.mul_(scale.to(shard))
+    return norm.to(shards[0])
+
+
+def global_norm(group: Group, shards: Sequence[Tensor], norm_type: float) -> Tensor:
+    """The p-norm of all ranks' shards as one vector, in fp64 on the CPU. Collective."""
+    by_shard = [
+        torch.linalg.vector_norm(
+            shard, norm_type, dtype=torch.promote_types(shard.dtype, torch.float32)
+        )
+        for shard in shards
+    ]
+    norms = torch.stack([norm.to("cpu", torch.float64) for norm in by_shard])
+    if norm_type == float("inf"):
+        return collectives.combine(group, norms.max(), "max")
+    return collectives.combine(group, (norms**norm_type).sum(), "sum") ** (1 / norm_type)

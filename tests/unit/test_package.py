@@ -1,0 +1,123 @@
+"""The package as a whole: its names, its imports, its size."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import adadelta_dist
+
+ROOT = Path(adadelta_dist.__file__).parent.parent
+CORE = sorted((ROOT / "adadelta_dist").glob("*.py"))
+SOURCES = CORE + sorted((ROOT / "strategies").rglob("*.py"))
+
+ORDER = [
+    "layout",
+    "functional",
+    "policy",
+    "adadelta",
+    "flat_slice",
+    "fingerprint",
+    "collectives",
+    "clipping",
+    "buckets",
+    "state",
+    "reducer",
+    "sharded",
+    "__init__",
+]
+"""A module imports none but those before it; nothing here imports `strategies`."""
+
+
+def test_the_exported_names_are_these():
+    assert adadelta_dist.__all__ == [
+        "Adadelta",
+        "FlatSlice",
+        "RankError",
+        "ShardPolicy",
+        "ShardedAdadelta",
+    ]
+    for name in adadelta_dist.__all__:
+        assert getattr(adadelta_dist, name).__name__ == name
+
+
+SPY = """
+import importlib.abc, sys
+
+class Spy(importlib.abc.MetaPathFinder):
+    seen = []
+
+    def find_spec(self, name, *_):
+        self.seen.append(name)
+
+sys.meta_path.insert(0, Spy())
+import {module}
+frameworks = {{"lightning", "pytorch_lightning", "deepspeed", "torchmetrics"}}
+print(*sorted(frameworks & ({{n.partition(".")[0] for n in Spy.seen}} | set(sys.modules))))
+"""
+
+
+def frameworks_imported_by(module):
+    """Those looked for, installed or not."""
+    command = [sys.executable, "-c", SPY.format(module=module)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_core_does_not_even_look_for_a_framework():
+    assert frameworks_imported_by("adadelta_dist").split() == []
+
+
+def test_a_framework_would_be_noticed(tmp_path, monkeypatch):
+    """Negative control for the test above."""
+    (tmp_path / "guilty.py").write_text("try:\n    import deepspeed.ops\nexcept ImportError: ...")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert frameworks_imported_by("guilty").split() == ["deepspeed"]
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of adadelta_dist that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "adadelta_dist." * (node.level > 0) + (node.module or "")
+            names.update(f"{base.rstrip('.')}.{alias.name}" for alias in node.names)
+    parts = (name.split(".") for name in names)
+    return {part[1] for part in parts if part[0] == "adadelta_dist" and len(part) > 1}
+
+
+@pytest.mark.parametrize("path", CORE, ids=[path.stem for path in CORE])
+def test_imports_run_one_way(path):
+    before = ORDER[: ORDER.index(path.stem)]
+    assert imported(path) <= set(before), f"{path.stem} may import {before} only"
+
+
+def test_the_imports_are_found():
+    """Negative control for the test above."""
+    assert imported(ROOT / "adadelta_dist" / "sharded.py") >= {"layout", "state", "collectives"}
+    assert imported(Path(__file__)) == set()
+
+
+def test_strategies_as_a_bare_package_are_refused_with_the_right_name(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.delitem(sys.modules, "strategies", raising=False)
+    with pytest.raises(ImportError, match=r"import adadelta_dist\.strategies instead"):
+        importlib.import_module("strategies")
+    assert importlib.import_module("adadelta_dist.strategies")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
+def test_files_and_functions_fit_the_head(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 60, node.name
+
+
+def test_a_typed_package_says_so():
+    assert (ROOT / "adadelta_dist" / "py.typed").exists()
