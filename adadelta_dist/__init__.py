@@ -1,7 +1,7 @@
 """ADADELTA exactly as `torch.optim.Adadelta` defines it, fused and sharded over ranks."""
 
 from .adadelta import Adadelta
-from .collectives import RankError
+from .agreement import RankError
 from .flat_slice import FlatSlice
 from .policy import ShardPolicy
 from .sharded import ShardedAdadelta

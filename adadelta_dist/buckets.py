@@ -6,37 +6,19 @@ Gradients are made by torch as ever; `take` copies one that is complete into `fl
 and lets `p.grad` be a view there.
 """
 
+import sys
 import weakref
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from operator import is_
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from . import collectives
+from . import collectives, fingerprint
 from .collectives import Group, Pending
-from .layout import Bucket, Interval, storage_order
-
-
-def unflatten(flat: Tensor, like: Tensor, order: Sequence[int]) -> Tensor:
-    """A view of `flat` (real, one-dimensional) with the shape of `like`.
-
-    Args:
-        flat: as many elements as `like`, twice as many if `like` is complex.
-        order: the dimensions of `like` from slowest to fastest (`storage_order`).
-    """
-    if like.is_complex():
-        flat = torch.view_as_complex(flat.view(-1, 2))
-    inverse = sorted(range(len(order)), key=lambda position: order[position])
-    return flat.view([like.shape[dim] for dim in order]).permute(inverse)
-
-
-def flatten(tensor: Tensor, order: Sequence[int]) -> Tensor:
-    """The inverse of `unflatten`: real and one-dimensional; a view where memory allows."""
-    flat = tensor.permute(tuple(order)).reshape(-1)
-    return torch.view_as_real(flat).view(-1) if tensor.is_complex() else flat
+from .layout import Bucket, Interval, ParamSpec, plan_layout, storage_order
+from .memory import flatten, unflatten
+from .policy import ShardPolicy
 
 
 class FlatBucket:
@@ -51,6 +33,7 @@ class FlatBucket:
 
     Attributes:
         flat_param: [numel], all parameters of the bucket.
+        group_index: of the parameter group that they belong to.
         grad_shard: [shard_numel], the averaged gradients that this rank owns.
         present: by slot, whether any rank had a gradient at the last reduction.
     """
@@ -72,6 +55,7 @@ class FlatBucket:
         self.grad_shard = self._empty(plan.shard_numel)
         if group.world_size == 1 and self.flat_grad is not None:
             self.grad_shard = self.flat_grad
+        self.group_index: int = plan.kind[0]
         self._is_complex = self.params[0].is_complex()
         self._all_runs = plan.runs([True] * len(params), group.rank)
         self.present = [False] * len(params)
@@ -80,11 +64,13 @@ class FlatBucket:
         self.ready: set[int] = set()
         self.expected = 0
         self._param_views = self.views_of(self.flat_param)
-        self._grad_views = [] if self.flat_grad is None else self.views_of(self.flat_grad)
+        self._places = [] if self.flat_grad is None else self.views_of(self.flat_grad)
+        self._lent: list[Tensor | None] = [None] * len(params)
         self._is_zero = [True] * len(params)
         self._seen: list[Tensor | None] = []
         self._seen_versions: list[int] = []
         self._version = -1
+        self._checksum: Tensor | None = None
         self._pending: list[Pending] = []
         weakref.finalize(self, _abandon, self._pending).atexit = False
         for param, view in zip(self.params, self._param_views, strict=True):
@@ -136,20 +122,28 @@ class FlatBucket:
 
     def take(self, i: int) -> bool:
         """Move the new gradient of slot `i` into flat memory; False if it must stay."""
-        grad, view = self.params[i].grad, self._grad_views[i]
+        grad, place = self.params[i].grad, self._places[i]
         if grad is None or grad.requires_grad or grad.layout != torch.strided:
             return False
-        if grad is not view:
-            view.copy_(grad)
-            self.params[i].grad = view
+        if grad.shape != place.shape:  # `reclaim_params` has the words for it
+            return False
+        if not grad.is_set_to(place):
+            self._take_back(i)
+            place.copy_(grad)
+            self._lent[i] = self.params[i].grad = place.view_as(place)
             self._is_zero[i] = False
         return True
 
-    def launch(self) -> None:
-        """Bring all gradients into flat memory and start their reduction. Collective."""
+    def launch(self, *, in_backward: bool = False) -> None:
+        """Bring all gradients into flat memory and start their reduction. Collective.
+
+        Args:
+            in_backward: the user may still change gradients before the step, perhaps through
+                `.data` or numpy, which no version counter sees: keep a checksum.
+        """
         self.wait()
         self._seen = [p.grad for p in self.params]
-        if self._grad_views and all(map(is_, self._seen, self._grad_views)):
+        if self._places and all(map(_is_set_to, self._seen, self._places)):
             self._seen_versions = [-1] * len(self._seen)
             self._is_zero = [False] * len(self._seen)
         else:
@@ -157,6 +151,7 @@ class FlatBucket:
         self.launched, self.accumulating = True, False
         flat = self.flat_grad
         if flat is not None:
+            self._checksum = _checksum(flat) if in_backward else None
             self._pending.append(collectives.reduce_scatter(self.group, flat, self.grad_shard))
             self._version = flat._version
 
@@ -179,12 +174,20 @@ class FlatBucket:
 
     def is_current(self) -> bool:
         """Whether the gradients are still those that were launched."""
-        if self.flat_grad is not None and self.flat_grad._version != self._version:
+        flat = self.flat_grad
+        if flat is not None and flat._version != self._version:
             return False
-        return all(
-            p.grad is seen and (seen is None or version < 0 or seen._version == version)
-            for p, seen, version in zip(self.params, self._seen, self._seen_versions, strict=True)
-        )
+        for i, (p, seen) in enumerate(zip(self.params, self._seen, strict=True)):
+            grad, version = p.grad, self._seen_versions[i]
+            if grad is None or seen is None:
+                same = grad is seen
+            elif version < 0:
+                same = grad.is_set_to(self._places[i])
+            else:
+                same = grad is seen and grad._version == version
+            if not same:
+                return False
+        return flat is None or self._checksum is None or bool(self._checksum == _checksum(flat))
 
     def reset(self) -> None:
         """Begin a new iteration."""
@@ -207,24 +210,32 @@ class FlatBucket:
         """
         if grad is None or grad.layout != torch.strided:
             if not self._is_zero[i]:
+                self._take_back(i)
                 self._place(i).zero_()
                 self._is_zero[i] = True
             return -1
         self._is_zero[i] = False
-        if self._grad_views:
-            if grad is self._grad_views[i]:
+        if self._places:
+            if grad.is_set_to(self._places[i]):
                 return -1
-            self._grad_views[i].copy_(grad.detach())
+            self._take_back(i)
+            self._places[i].copy_(grad.detach())
         else:
             part = self.plan.slice(self.plan.slots[i], self.group.rank)
             own = flatten(grad.detach(), self.orders[i])[part.start : part.stop]
             self._place(i).copy_(own)
         return grad._version
 
+    def _take_back(self, i: int) -> None:
+        """Before flat memory is written: an old gradient that someone holds keeps its values."""
+        lent, self._lent[i] = self._lent[i], None
+        if lent is not None and sys.getrefcount(lent) > 2:  # beside our variable and the call
+            lent.data = lent.clone()
+
     def _place(self, i: int) -> Tensor:
         """Where the gradient of slot `i` goes: all of it, or what this rank owns of it."""
-        if self._grad_views:
-            return self._grad_views[i]
+        if self._places:
+            return self._places[i]
         at = self.plan.place(self.plan.slots[i], self.group.rank)
         return self.grad_shard[at.start : at.stop]
 
@@ -233,28 +244,36 @@ class FlatBucket:
         return torch.zeros(numel, dtype=first.dtype.to_real(), device=first.device)
 
 
-def check_memory(params: Iterable[Tensor]) -> None:
-    """Refuse parameters that cannot move into a bucket.
+def _is_set_to(grad: Tensor | None, place: Tensor) -> bool:
+    return grad is not None and grad.is_set_to(place)
 
-    Raises:
-        TypeError: a DTensor, or not a dense tensor.
-        ValueError: two parameters share memory.
-    """
-    extents = []
-    for p in dict.fromkeys(params):
-        if isinstance(p, DTensor):
-            raise TypeError("ShardedAdadelta got a DTensor, which is sharded already: use Adadelta")
-        if p.layout != torch.strided:
-            raise TypeError(f"ShardedAdadelta needs dense parameters, got one of layout {p.layout}")
-        if p.numel() and p.device.type != "meta":
-            span = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
-            extents.append((p.data_ptr(), p.data_ptr() + span * p.element_size()))
-    for (_, stop), (start, _) in pairwise(sorted(extents)):
-        if start < stop:
-            raise ValueError(
-                "two parameters share memory. Tie weights by using one Parameter object in both "
-                "places, not two that view the same data."
-            )
+
+def _checksum(flat: Tensor) -> Tensor:
+    """A number that an edit changes: the sum of the memory's 8-byte words, modulo 2**64."""
+    return flat.view(torch.int64).sum()
+
+
+def make_buckets(
+    param_groups: Sequence[Mapping[str, Any]], first: int, group: Group, policy: ShardPolicy
+) -> list[FlatBucket]:
+    """Move the parameters of the parameter groups from index `first` on into buckets."""
+    params, names, specs = [], [], []
+    for g, param_group in enumerate(param_groups[first:], first):
+        for name, p in fingerprint.named(g, param_group):
+            numel = p.numel() * (2 if p.is_complex() else 1)
+            specs.append(ParamSpec(numel, p.dtype.to_real().itemsize, (g, p.dtype, p.device)))
+            params.append(p)
+            names.append(name)
+    # With one rank there is nothing to send, and one bucket is one kernel call.
+    alone = group.world_size == 1
+    bucket_bytes = sys.maxsize if alone else int(policy.bucket_mb * 2**20)
+    averaged = policy.gradients == "averaged"
+    buckets = []
+    for plan in plan_layout(specs, group.world_size, bucket_bytes):
+        indices = [slot.param for slot in plan.slots]
+        of_bucket = [params[i] for i in indices], [names[i] for i in indices]
+        buckets.append(FlatBucket(plan, group, *of_bucket, averaged=averaged))
+    return buckets
 
 
 def _abandon(pending: Sequence[Pending]) -> None:

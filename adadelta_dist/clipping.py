@@ -44,13 +44,15 @@ def clip_shards_(
 
 def global_norm(group: Group, shards: Sequence[Tensor], norm_type: float) -> Tensor:
     """The p-norm of all ranks' shards as one vector, in fp64 on the CPU. Collective."""
+    zero = torch.zeros((), dtype=torch.float64)
     by_shard = [
         torch.linalg.vector_norm(
-            shard, norm_type, dtype=torch.promote_types(shard.dtype, torch.float32)
+            shard, norm_type, dtype=torch.promote_types(shard.real.dtype, torch.float32)
         )
         for shard in shards
+        if shard.numel()
     ]
-    norms = torch.stack([norm.to("cpu", torch.float64) for norm in by_shard])
+    norms = torch.stack([zero, *(norm.to("cpu", torch.float64) for norm in by_shard)])
     if norm_type == float("inf"):
         return collectives.combine(group, norms.max(), "max")
     return collectives.combine(group, (norms**norm_type).sum(), "sum") ** (1 / norm_type)

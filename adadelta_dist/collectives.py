@@ -9,11 +9,8 @@ exchanges its shards directly, and the sum is taken locally in rank order, which
 it deterministic (docs/design.md has the measurements).
 """
 
-import hashlib
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ _native_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather
 
 _FIRST_CHANNEL = 0xADA0000  # above the tags of a user's own point-to-point messages
 _channels = [_FIRST_CHANNEL]
+_abandoned: list["Pending"] = []
 
 
 @dataclass(frozen=True)
@@ -101,10 +99,34 @@ def check_devices(group: Group, tensors: Iterable[Tensor]) -> None:
 
 
 def open_channel(group: Group) -> Group:
-    """The same group with a channel of its own. Collective."""
+    """The same ranks with a channel of their own. Collective.
+
+    Pairwise messages are kept apart by their tag. Native collectives have no tags: they
+    get a process group of their own, so that the user's collectives between backward and
+    step never pair with ours, whichever of ours a rank has started by then.
+    """
     agreed = int(combine(group, torch.tensor(_channels[0]), "max"))
     _channels[0] = agreed + 2
-    return replace(group, channel=agreed)
+    process_group = group.process_group
+    if process_group is not None and set(group.backends.values()) != {"gloo"}:
+        ranks = dist.get_process_group_ranks(process_group)
+        process_group = dist.new_group(ranks, use_local_synchronization=True)
+    return replace(group, process_group=process_group, channel=agreed)
+
+
+def check_alone(group: Group) -> None:
+    """Refuse to go on alone in a job of several ranks.
+
+    Raises:
+        RuntimeError: the process group was initialised after the optimizer was built.
+    """
+    alone = group.process_group is None and dist.is_available() and dist.is_initialized()
+    if alone and dist.get_world_size() > 1:
+        raise RuntimeError(
+            "ShardedAdadelta was built before init_process_group, so it would train on rank "
+            f"{dist.get_rank()} alone. Build it afterwards (or, to be alone on purpose, with a "
+            "process_group of this one rank)."
+        )
 
 
 @dataclass(frozen=True)
@@ -120,14 +142,9 @@ class Pending:
         self.finish()
 
     def abandon(self) -> None:
-        """Let it end in the background: gloo breaks if the buffers of a message vanish."""
+        """Leave it to itself, but keep it: gloo stalls if the buffers of a message vanish."""
         if self.works:
-            threading.Thread(target=self._end, daemon=True).start()
-
-    def _end(self) -> None:
-        with suppress(RuntimeError):  # the other ranks may have gone
-            for work in self.works:
-                work.wait()
+            _abandoned.append(self)
 
 
 def reduce_scatter(group: Group, flat: Tensor, shard: Tensor) -> Pending:
@@ -227,71 +244,8 @@ def gather_slices(group: Group, mine: Tensor, numels: Sequence[int], dst: int) -
     return torch.cat([piece.cpu() for piece in pieces])
 
 
-def digest(facts: Sequence[str]) -> bytes:
-    """Eight bytes that are equal where all facts are."""
-    return hashlib.blake2b("\n".join(facts).encode(), digest_size=8).digest()
-
-
-class RankError(RuntimeError):
-    """Raised on the ranks that were well when another rank failed, or when ranks disagree."""
-
-
-@dataclass
-class Agreement:
-    """What one rank brings to `agreement`: `facts` must be equal on every rank."""
-
-    facts: list[str] = field(default_factory=list)
-
-
-@contextmanager
-def agreement(group: Group, what: str) -> Iterator[Agreement]:
-    """All ranks leave the block well, or all of them raise. Collective at its end.
-
-    A rank whose block raised raises its own error, the others a `RankError` that quotes
-    it. If all are well but their `facts` differ, all raise a `RankError` with the first
-    difference.
-
-    Args:
-        what: the caller's name, for the message.
-    """
-    mine = Agreement()
-    error: Exception | None = None
-    try:
-        yield mine
-    except Exception as raised:
-        error = raised
-    if group.world_size > 1:
-        quoted = None if error is None else f"{type(error).__name__}: {error}"
-        message = _disagreement(group, what, quoted, mine.facts)
-        if message and error is None:
-            raise RankError(f"{message} (raised on every rank; this is rank {group.rank})")
-    if error is not None:
-        raise error
-
-
-def _disagreement(group: Group, what: str, quoted: str | None, facts: list[str]) -> str | None:
-    """The message that all ranks derive from all ranks' errors and facts, or None."""
-    heads = _all_gather_object(group, (quoted, digest(facts)))
-    for rank, (error, _) in enumerate(heads):
-        if error is not None:
-            return f"{what}: rank {rank} failed with {error}"
-    if all(theirs == digest(facts) for _, theirs in heads):
-        return None
-    everyones = _all_gather_object(group, facts)
-    rank, theirs = next((r, f) for r, f in enumerate(everyones) if f != everyones[0])
-    reference = everyones[0]
-    line = next(
-        (i for i, (a, b) in enumerate(zip(reference, theirs, strict=False)) if a != b),
-        min(len(reference), len(theirs)),
-    )
-    here, there = (f[line] if line < len(f) else "nothing" for f in (reference, theirs))
-    return (
-        f"{what}: the ranks disagree. Rank 0 has {here}; rank {rank} has {there}. Pass the same "
-        "parameters, in the same order, and the same hyperparameters on every rank."
-    )
-
-
-def _all_gather_object(group: Group, mine: Any) -> list[Any]:
+def all_gather_object(group: Group, mine: Any) -> list[Any]:
+    """Everyone's picklable object, by rank. Collective."""
     everyones: list[Any] = [None] * group.world_size
     dist.all_gather_object(everyones, mine, group=group.process_group)
     return everyones

@@ -17,7 +17,8 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from . import collectives
+from . import agreement, collectives
+from .agreement import RankError
 from .buckets import FlatBucket
 from .collectives import Group
 
@@ -39,7 +40,8 @@ class GradientReducer:
         self._lock = threading.Lock()
         self._hooked: list[list[bool]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._warned = False
+        self.clipped = False
+        self._edited = self._warned = False
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def extend(self, buckets: Sequence[FlatBucket]) -> None:
@@ -77,20 +79,29 @@ class GradientReducer:
                 error = error or raised
         edited = [bucket.launched and not bucket.is_current() for bucket in self.buckets]
         again = self._agree(edited, facts, error)
+        if self.clipped and any(again):
+            raise RankError(
+                "gradients changed after optimizer.clip_grad_norm_, which clips their average: "
+                f"edit them before it. (raised on every rank; this is rank {self.group.rank})"
+            )
+        self._edited |= any(
+            changed and not bucket.accumulating
+            for changed, bucket in zip(edited, self.buckets, strict=True)
+        )
         # First what some ranks have launched already, so that all launch in the same order.
         for bucket in self.buckets:
             if not bucket.launched:
                 bucket.launch()
-        self._warn_of_edits(edited)
         for bucket in compress(self.buckets, again):
             bucket.launch()
 
     def reset(self) -> None:
         """Begin a new iteration, after a step."""
-        self._next, self._counted = 0, False
+        self._next, self._counted, self.clipped = 0, False, False
         for bucket in self.buckets:
             bucket.reset()
         self._hook_params()
+        self._warn_of_edits()  # last: where warnings are errors, it must not stop half-way
 
     def _agree(
         self, edited: list[bool], facts: Sequence[str], error: Exception | None
@@ -103,7 +114,7 @@ class GradientReducer:
         ]
         # Equal on all ranks if and only if the maximum of the digest and the maximum of
         # its complement still add up to 255, byte by byte.
-        digest = collectives.digest(facts)
+        digest = agreement.digest(facts)
         flags = [*edited, *here, error is not None, *digest, *(255 - byte for byte in digest)]
         message = torch.frombuffer(bytearray(flags), dtype=torch.uint8)
         anyone = collectives.combine(self.group, message, "max")
@@ -112,7 +123,7 @@ class GradientReducer:
         count = len(here)
         failed, low, high = flags[count], flags[count + 1 : -len(digest)], flags[-len(digest) :]
         if failed or any(a + b != 255 for a, b in zip(low, high, strict=True)):
-            with collectives.agreement(self.group, "ShardedAdadelta.step") as mine:
+            with agreement.agreement(self.group, "ShardedAdadelta.step") as mine:
                 mine.facts.extend(facts)
                 if error is not None:
                     raise error
@@ -121,17 +132,14 @@ class GradientReducer:
             bucket.present = [bool(next(present)) for _ in bucket.params]
         return edited
 
-    def _warn_of_edits(self, edited: Sequence[bool]) -> None:
-        surprising = any(
-            changed and not bucket.accumulating
-            for changed, bucket in zip(edited, self.buckets, strict=True)
-        )
-        if surprising and not self._warned and self.group.world_size > 1:
+    def _warn_of_edits(self) -> None:
+        if self._edited and not self._warned and self.group.world_size > 1:
             self._warned = True
             warnings.warn(
-                "Gradients changed after their reduction had started, so they are reduced again. "
+                "Gradients changed after their reduction had started, so they were reduced again. "
                 "To clip by the global norm call optimizer.clip_grad_norm_(max_norm); if "
-                "DistributedDataParallel averages them, pass ShardPolicy(gradients='averaged').",
+                "DistributedDataParallel averages them, pass ShardPolicy(gradients='averaged'); if "
+                "you edit gradients, ShardPolicy(overlap=False) reduces them once, at the step.",
                 stacklevel=2,
             )
 
@@ -149,7 +157,7 @@ class GradientReducer:
                         every.expect()
                     self._counted = True
                 while self._next < len(self.buckets) and self.buckets[self._next].is_full():
-                    self.buckets[self._next].launch()
+                    self.buckets[self._next].launch(in_backward=True)
                     self._next += 1
 
     def _hook_params(self) -> None:

@@ -1,9 +1,10 @@
 """`ShardedAdadelta`: the optimizer that each rank builds, and that shards its state."""
 
-import sys
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch.optim.optimizer import ParamsT
 
 from . import collectives, fingerprint, functional, state
 from .adadelta import Adadelta
-from .buckets import FlatBucket, check_memory
+from .agreement import agreement
+from .buckets import make_buckets
 from .clipping import clip_shards_
 from .collectives import Group
-from .layout import ParamSpec, plan_layout
+from .memory import check_memory
 from .policy import ShardPolicy
 from .reducer import GradientReducer
 from .state import ShardState
@@ -42,7 +44,7 @@ class ShardedAdadelta(Adadelta):
         policy: how to communicate.
 
     Collective: construction, `step`, `clip_grad_norm_`, `add_param_group`,
-    `load_state_dict` and `consolidate_state_dict` are called on every rank.
+    `load_state_dict`, `consolidate_state_dict` and `copy.deepcopy` are called on every rank.
 
     Raises:
         ValueError, TypeError: as torch; parameters that share memory.
@@ -68,7 +70,7 @@ class ShardedAdadelta(Adadelta):
         policy: ShardPolicy = ShardPolicy(),
     ) -> None:
         group = collectives.join(process_group)
-        with collectives.agreement(group, "ShardedAdadelta") as mine:
+        with agreement(group, "ShardedAdadelta") as mine:
             if differentiable and group.world_size > 1:
                 raise NotImplementedError(
                     f"differentiable=True at world size {group.world_size}: gradients through the "
@@ -99,7 +101,7 @@ class ShardedAdadelta(Adadelta):
             return
         count = len(self.param_groups)
         try:
-            with collectives.agreement(self._group, "add_param_group") as mine:
+            with agreement(self._group, "add_param_group") as mine:
                 super().add_param_group(param_group)
                 self._check_params()
                 mine.facts.extend(fingerprint.facts(self.param_groups[count:], count))
@@ -133,15 +135,18 @@ class ShardedAdadelta(Adadelta):
             ValueError: `norm_type` is not positive.
             RuntimeError: the norm is not finite and `error_if_nonfinite`.
         """
+        error = None
         if not norm_type > 0:
-            raise ValueError(f"norm_type must be positive or infinity, got {norm_type}")
-        if self._group.world_size == 1:
+            error = ValueError(f"norm_type must be positive or infinity, got {norm_type}")
+        elif self._group.world_size == 1:
             params = [p for g in self.param_groups for p in g["params"]]
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
-        self._reducer.reduce(fingerprint.hyperparameters(self.param_groups))
-        for shard in self._shards:
-            shard.bucket.wait()
-        grads = [shard.bucket.grad_shard for shard in self._shards]
+        self._reduce(f"clip_grad_norm_({max_norm}, {norm_type}, {error_if_nonfinite})", error)
+        self._reducer.clipped = True
+        buckets = [shard.bucket for shard in self._shards]
+        for bucket in buckets:
+            bucket.wait()
+        grads = [bucket.typed(bucket.grad_shard) for bucket in buckets]
         return clip_shards_(
             self._group, grads, max_norm, norm_type, error_if_nonfinite=error_if_nonfinite
         )
@@ -169,12 +174,14 @@ class ShardedAdadelta(Adadelta):
         Args:
             to: rank within the process group.
         """
-        if not 0 <= to < self._group.world_size:
-            raise ValueError(f"to must be a rank below {self._group.world_size}, got {to}")
+        with agreement(self._group, "consolidate_state_dict") as mine:
+            if not 0 <= to < self._group.world_size:
+                raise ValueError(f"to must be a rank below {self._group.world_size}, got {to}")
+            state.reclaim(self._shards, self.state)
+            mine.facts.append(f"to={to}")
         if self._group.world_size == 1:
-            return
+            return  # `state_dict` is the whole already
         whole: defaultdict[Tensor, Any] = defaultdict(dict)
-        state.reclaim(self._shards, self.state)
         for shard in self._shards:
             for i, p in enumerate(shard.bucket.params):
                 entry = state.gather(shard, i, to)
@@ -196,7 +203,7 @@ class ShardedAdadelta(Adadelta):
         if not self._installed:
             super().load_state_dict(state_dict)
             return
-        with collectives.agreement(self._group, "load_state_dict") as mine:
+        with agreement(self._group, "load_state_dict") as mine:
             state_dict = state_dict.copy()
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
                 state_dict = pre_hook(self, state_dict) or state_dict
@@ -237,7 +244,7 @@ class ShardedAdadelta(Adadelta):
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         super().__setstate__(attributes)
         if "_installed" not in self.__dict__:  # unpickled or copied, not loaded
-            self._prepare(attributes.get("_group", Group()), self._policy)
+            self._prepare(attributes.get("_group") or collectives.join(None), self._policy)
             if not self.defaults["differentiable"]:
                 self._install(0)  # which adopts the state that came along
 
@@ -245,7 +252,10 @@ class ShardedAdadelta(Adadelta):
         self._group, self._policy = group, policy
         self._installed = False  # stays so with `differentiable`, where all is as in torch
         self._shards: list[ShardState] = []
+        self._params: list[list[Tensor]] = []
         self._reducer = GradientReducer(group, overlap=policy.overlap)
+        # So that GradScaler comes to `step`, rather than deciding on each rank by itself.
+        self._step_supports_amp_scaling = group.world_size > 1
         self._consolidated = None
 
     def _check_params(self) -> None:
@@ -257,30 +267,14 @@ class ShardedAdadelta(Adadelta):
         """Move the parameters of the groups from `first_group` on into buckets. Collective."""
         if not self._installed:
             self._group = collectives.open_channel(self._group)
-        params, names, specs = [], [], []
-        for g, group in enumerate(self.param_groups[first_group:], first_group):
-            for name, p in fingerprint.named(g, group):
-                real = p.dtype.to_real()
-                numel = p.numel() * (2 if p.is_complex() else 1)
-                specs.append(ParamSpec(numel, real.itemsize, (g, p.dtype, p.device)))
-                params.append(p)
-                names.append(name)
-        averaged = self._policy.gradients == "averaged"
-        # With one rank there is nothing to send, and one bucket is one kernel call.
-        alone = self._group.world_size == 1
-        bucket_bytes = sys.maxsize if alone else int(self._policy.bucket_mb * 2**20)
-        buckets = []
-        for plan in plan_layout(specs, self._group.world_size, bucket_bytes):
-            indices = [slot.param for slot in plan.slots]
-            mine = [params[i] for i in indices], [names[i] for i in indices]
-            bucket = FlatBucket(plan, self._group, *mine, averaged=averaged)
+        self._params.extend(list(g["params"]) for g in self.param_groups[first_group:])
+        new = make_buckets(self.param_groups, first_group, self._group, self._policy)
+        for bucket in new:
             collectives.broadcast(self._group, bucket.flat_param)
-            capturable = self.param_groups[plan.kind[0]]["capturable"]
-            shard = state.allocate(bucket, capturable=capturable)
-            state.reclaim([shard], self.state)
-            self._shards.append(shard)
-            buckets.append(bucket)
-        self._reducer.extend(buckets)
+            capturable = self.param_groups[bucket.group_index]["capturable"]
+            self._shards.append(state.allocate(bucket, capturable=capturable))
+        state.reclaim(self._shards[-len(new) :] if new else [], self.state)
+        self._reducer.extend(new)
         self._installed = True
 
     def _update(self) -> None:
@@ -288,49 +282,65 @@ class ShardedAdadelta(Adadelta):
             super()._update()
             return
         self._consolidated = None
-        facts: list[str] = []
         fused: list[bool] = []
         error: Exception | None = None
         try:
-            flats = self._flat_params()
-            for group, flat in zip(self.param_groups, flats, strict=True):
+            self._refuse_grad_scaler()
+            for group, flat in zip(self.param_groups, self._flat_params(), strict=False):
                 functional.check_capturable(group, flat)
                 fused.append(functional.use_fused(group, flat))
             state.reclaim(self._shards, self.state)
-            facts = fingerprint.hyperparameters(self.param_groups)
-        except Exception as raised:  # for `reduce` to raise on every rank
+        except Exception as raised:
             error = raised
-        self._reducer.reduce(facts, error)
+        self._reduce("step", error)
         gathers = []
         for shard in self._shards:
             shard.bucket.wait()
             if any(shard.bucket.present):
-                g = shard.bucket.plan.kind[0]
-                _step_shard(shard, self.param_groups[g], fused=fused[g])
+                g = shard.bucket.group_index
+                state.step_(shard, self.param_groups[g], fused=fused[g])
                 gathers.append((shard.bucket, shard.bucket.gather()))
         for bucket, gather in gathers:
             gather.wait()
             torch.autograd.graph.increment_version(bucket.params)
         self._reducer.reset()
 
+    def _reduce(self, what: str, error: Exception | None) -> None:
+        """Have all gradients averaged, or raise on every rank. Collective.
+
+        Args:
+            what: the call, which must be the same on every rank.
+            error: what went wrong on this rank already.
+        """
+        collectives.check_alone(self._group)
+        facts = [what]
+        try:
+            self._check_groups()
+            facts += fingerprint.hyperparameters(self.param_groups)
+        except Exception as raised:
+            error = raised  # it explains whatever went wrong before
+        self._reducer.reduce(facts, error)
+
+    def _check_groups(self) -> None:
+        now = [group["params"] for group in self.param_groups]
+        if list(map(len, now)) != list(map(len, self._params)) or not all(
+            map(is_, chain.from_iterable(now), chain.from_iterable(self._params))
+        ):
+            raise RuntimeError(
+                "param_groups have other parameters than ShardedAdadelta was built with. Use "
+                "add_param_group, or build a new optimizer and load the state."
+            )
+
+    def _refuse_grad_scaler(self) -> None:
+        if self._group.world_size > 1 and getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                f"torch.amp.GradScaler at world size {self._group.world_size}: an overflow on one "
+                "rank would be seen there alone. Use bfloat16 autocast, which needs no scaler."
+            )
+
     def _flat_params(self) -> list[list[Tensor]]:
         """The buckets of each group."""
         flats: list[list[Tensor]] = [[] for _ in self.param_groups]
         for bucket in (shard.bucket for shard in self._shards):
-            flats[bucket.plan.kind[0]].append(bucket.typed(bucket.flat_param))
+            flats[bucket.group_index].append(bucket.typed(bucket.flat_param))
         return flats
-
-
-def _step_shard(shard: ShardState, group: dict[str, Any], *, fused: bool) -> None:
-    """Update what this rank owns of one bucket, where a gradient is present."""
-    bucket = shard.bucket
-    shard.steps.add_(torch.tensor(bucket.present, dtype=shard.steps.dtype).to(shard.steps.device))
-    flats = (bucket.own_param, bucket.grad_shard, *shard.accumulators)
-    for run in bucket.own_runs():
-        pieces = (bucket.typed(flat[run.start : run.stop]) for flat in flats)
-        param, grad, square_avg, acc_delta = pieces
-        entry = (param, grad, square_avg, acc_delta)
-        if fused:
-            functional.fused_([entry], group)
-        else:
-            functional.eager_flat_(entry, group)

@@ -13,9 +13,10 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from . import collectives
 from .adadelta import check_values
-from .buckets import FlatBucket, flatten, unflatten
+from .buckets import FlatBucket
 from .flat_slice import FlatSlice
-from .functional import ACCUMULATORS
+from .functional import ACCUMULATORS, eager_flat_, fused_
+from .memory import flatten, unflatten
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -111,6 +112,21 @@ def adopt(shard: ShardState, i: int, values: Mapping[str, Any], state: State) ->
             _copy(shard.bucket, i, values.get(key), entry[key])
     extras = {key: value for key, value in values.items() if key not in entry}
     state[p] = {**entry, **extras}
+
+
+def step_(shard: ShardState, group: dict[str, Any], *, fused: bool) -> None:
+    """Update what this rank owns of one bucket, where a gradient is present."""
+    bucket = shard.bucket
+    flats = (bucket.own_param, bucket.grad_shard, *shard.accumulators)
+    for run in bucket.own_runs():
+        pieces = (bucket.typed(flat[run.start : run.stop]) for flat in flats)
+        param, grad, square_avg, acc_delta = pieces
+        entry = (param, grad, square_avg, acc_delta)
+        if fused:
+            fused_([entry], group)
+        else:
+            eager_flat_(entry, group)
+    shard.steps.add_(torch.tensor(bucket.present, dtype=shard.steps.dtype).to(shard.steps.device))
 
 
 def match(

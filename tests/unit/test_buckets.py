@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import distribute_tensor
 
-from adadelta_dist.buckets import FlatBucket, check_memory, flatten, unflatten
+from adadelta_dist.buckets import FlatBucket
 from adadelta_dist.collectives import Group
 from adadelta_dist.layout import ParamSpec, plan_layout, storage_order
+from adadelta_dist.memory import check_memory, flatten, unflatten
 
 TENSORS = {
     "contiguous": lambda: torch.randn(3, 4),
@@ -25,7 +26,7 @@ TENSORS = {
 def bucket_of(*tensors, averaged=False):
     params = [nn.Parameter(t) for t in tensors]
     real = params[0].dtype.to_real()
-    specs = [ParamSpec(p.numel() * (1 + p.is_complex()), real.itemsize, ()) for p in params]
+    specs = [ParamSpec(p.numel() * (1 + p.is_complex()), real.itemsize, (0,)) for p in params]
     (plan,) = plan_layout(specs, 1, 2**30)
     ordered = [params[slot.param] for slot in plan.slots]
     names = [f"p{slot.param}" for slot in plan.slots]

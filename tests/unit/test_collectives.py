@@ -1,13 +1,13 @@
 """What communication does where there is nobody to talk to."""
 
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from adadelta_dist import RankError, collectives
-from adadelta_dist.collectives import Group, Pending, agreement
+from adadelta_dist.agreement import agreement, digest
+from adadelta_dist.collectives import Group, Pending
 
 ALONE = Group()
 
@@ -72,26 +72,15 @@ def test_pending_waits_for_all_its_works_and_then_finishes():
     assert seen == ["first", "second", "finish"]
 
 
-def test_an_abandoned_pending_ends_in_the_background_without_finishing():
-    ended = threading.Event()
+def test_an_abandoned_pending_is_kept_and_not_waited_for(monkeypatch):
+    kept = []
+    monkeypatch.setattr(collectives, "_abandoned", kept)
     seen = []
-    last = SimpleNamespace(wait=ended.set)
-    Pending((work(seen, "first"), last), lambda: seen.append("finish")).abandon()
-    assert ended.wait(10)
-    assert seen == ["first"]
-
-
-def test_an_abandoned_pending_survives_that_the_others_are_gone():
-    seen = []
-    Pending((work(seen, "first", RuntimeError("connection closed")),))._end()
-    assert seen == ["first"]
-
-
-def test_a_finished_pending_needs_no_thread():
-    before = threading.active_count()
+    pending = Pending((work(seen, "first"),), lambda: seen.append("finish"))
+    pending.abandon()
     Pending().abandon()
-    Pending().wait()
-    assert threading.active_count() == before
+    assert kept == [pending]
+    assert seen == []
 
 
 def test_agreement_lets_the_own_error_through_as_it_is():
@@ -113,7 +102,7 @@ def test_agreement_does_not_hold_up_an_interrupt_to_talk_to_others():
 
 
 def test_equal_facts_have_equal_digests_of_eight_bytes():
-    one, same, other = (collectives.digest(f) for f in (["a", "b"], ["a", "b"], ["a", "c"]))
+    one, same, other = (digest(f) for f in (["a", "b"], ["a", "b"], ["a", "c"]))
     assert one == same != other
     assert len(one) == 8
 

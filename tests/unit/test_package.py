@@ -19,9 +19,11 @@ ORDER = [
     "functional",
     "policy",
     "adadelta",
+    "memory",
     "flat_slice",
     "fingerprint",
     "collectives",
+    "agreement",
     "clipping",
     "buckets",
     "state",
@@ -98,7 +100,7 @@ def test_imports_run_one_way(path):
 
 def test_the_imports_are_found():
     """Negative control for the test above."""
-    assert imported(ROOT / "adadelta_dist" / "sharded.py") >= {"layout", "state", "collectives"}
+    assert imported(ROOT / "adadelta_dist" / "sharded.py") >= {"reducer", "state", "collectives"}
     assert imported(Path(__file__)) == set()
 
 

@@ -19,7 +19,7 @@ NAMES = ["second", "first"]  # slots come in reverse order
 def shard_of(*shapes, dtype=torch.float32, world_size=1, rank=0):
     params = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
     (plan,) = plan_layout(
-        [ParamSpec(p.numel(), dtype.itemsize, ()) for p in params], world_size, 99
+        [ParamSpec(p.numel(), dtype.itemsize, (0,)) for p in params], world_size, 99
     )
     bucket = FlatBucket(
         plan, Group(None, rank, world_size), params[::-1], NAMES[-len(params) :], averaged=True

@@ -61,7 +61,7 @@ def no_compiler(monkeypatch):
 
 @pytest.mark.usefixtures("no_compiler")
 def test_fused_true_without_a_compiler_raises_with_the_remedy():
-    with pytest.raises(RuntimeError, match=r"FileNotFoundError: g\+\+ is not here\).*Install a C"):
+    with pytest.raises(RuntimeError, match=r"FileNotFoundError: g\+\+ is not here .*Install a C"):
         functional.use_fused(DEFAULTS | {"fused": True}, [FLOATS[:3]])
 
 
@@ -72,7 +72,7 @@ def test_fused_none_without_a_compiler_says_so_once_and_stays_eager(caplog):
     assert answers == [False] * 3
     (record,) = caplog.records
     assert "torch.float32 on cpu: FileNotFoundError: g++ is not here" in record.getMessage()
-    assert "more lines" not in record.getMessage()
+    assert "\n" not in record.getMessage()
 
 
 @pytest.mark.parametrize("conflict", ["foreach", "differentiable"])

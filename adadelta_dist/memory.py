@@ -1,0 +1,51 @@
+"""Tensors and the flat memory that holds them."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def unflatten(flat: Tensor, like: Tensor, order: Sequence[int]) -> Tensor:
+    """A view of `flat` (real, one-dimensional) with the shape of `like`.
+
+    Args:
+        flat: as many elements as `like`, twice as many if `like` is complex.
+        order: the dimensions of `like` from slowest to fastest (`storage_order`).
+    """
+    if like.is_complex():
+        flat = torch.view_as_complex(flat.view(-1, 2))
+    inverse = sorted(range(len(order)), key=lambda position: order[position])
+    return flat.view([like.shape[dim] for dim in order]).permute(inverse)
+
+
+def flatten(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """The inverse of `unflatten`: real and one-dimensional; a view where memory allows."""
+    flat = tensor.permute(tuple(order)).reshape(-1)
+    return torch.view_as_real(flat).view(-1) if tensor.is_complex() else flat
+
+
+def check_memory(params: Iterable[Tensor]) -> None:
+    """Refuse parameters that cannot move into a bucket.
+
+    Raises:
+        TypeError: a DTensor, or not a dense tensor.
+        ValueError: two parameters share memory.
+    """
+    extents = []
+    for p in dict.fromkeys(params):
+        if isinstance(p, DTensor):
+            raise TypeError("ShardedAdadelta got a DTensor, which is sharded already: use Adadelta")
+        if p.layout != torch.strided:
+            raise TypeError(f"ShardedAdadelta needs dense parameters, got one of layout {p.layout}")
+        if p.numel() and p.device.type != "meta":
+            span = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+            extents.append((p.data_ptr(), p.data_ptr() + span * p.element_size()))
+    for (_, stop), (start, _) in pairwise(sorted(extents)):
+        if start < stop:
+            raise ValueError(
+                "two parameters share memory. Tie weights by using one Parameter object in both "
+                "places, not two that view the same data."
+            )
