@@ -117,7 +117,8 @@ def use_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
     a compiler is found.
 
     Raises:
-        RuntimeError: `fused=True` and no compiler is found.
+        RuntimeError: `fused=True` and no compiler is found, or parameters on a device that
+            has no kernel.
     """
     if group["fused"] is False or not params or torch.compiler.is_compiling():
         return False
@@ -128,6 +129,8 @@ def use_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
         or not all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in params)
     ):
         return False
+    for p in params:
+        _check_fusable(p, on_device=p.device.type in FUSED_DEVICES)
     reasons = {_no_kernel(p.device.type, p.dtype) for p in params} - {None}
     if reasons and group["fused"]:
         raise RuntimeError(
@@ -154,7 +157,7 @@ def check_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
 
     Raises:
         RuntimeError: `fused=True` with `differentiable`, `foreach`, or parameters that
-            are not floating point.
+            are not floating point or on a device that has no kernel.
     """
     if not group["fused"]:
         return
@@ -162,12 +165,16 @@ def check_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
         raise RuntimeError("`fused` does not support `differentiable`")
     if group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    for p in params:
-        if not p.is_floating_point() or p.device.type not in FUSED_DEVICES:
-            raise RuntimeError(
-                "`fused=True` requires all the params to be floating point Tensors of supported "
-                f"devices: {FUSED_DEVICES} but {p.dtype} and {p.device.type}"
-            )
+    for p in params:  # devices are looked at by the step: a meta model may yet be made real
+        _check_fusable(p, on_device=p.device.type == "meta" or p.device.type in FUSED_DEVICES)
+
+
+def _check_fusable(p: Tensor, *, on_device: bool) -> None:
+    if not (p.is_floating_point() and on_device):
+        raise RuntimeError(
+            "`fused=True` requires all the params to be floating point Tensors of supported "
+            f"devices: {FUSED_DEVICES} but {p.dtype} and {p.device.type}"
+        )
 
 
 def _formula(

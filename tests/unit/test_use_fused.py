@@ -88,9 +88,16 @@ def test_conflicts_with_fused_are_refused_in_the_words_of_adam(conflict):
 @pytest.mark.parametrize(
     "p", [torch.empty(2, dtype=torch.complex64), torch.empty(2, device="meta")]
 )
-def test_fused_refuses_parameters_that_it_cannot_update(p):
+def test_a_fused_step_refuses_parameters_that_it_cannot_update(p):
     with pytest.raises(RuntimeError, match="requires all the params to be floating point"):
-        functional.check_fused(DEFAULTS | {"fused": True}, [FLOATS, p])
+        functional.use_fused(DEFAULTS | {"fused": True}, [FLOATS, p])
+
+
+def test_complex_parameters_are_refused_at_once_and_meta_ones_may_yet_be_made_real():
+    fused = DEFAULTS | {"fused": True}
+    with pytest.raises(RuntimeError, match="requires all the params to be floating point"):
+        functional.check_fused(fused, [torch.empty(2, dtype=torch.complex64)])
+    functional.check_fused(fused, [torch.empty(2, device="meta")])
 
 
 def test_without_fused_nothing_is_refused():
