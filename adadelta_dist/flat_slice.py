@@ -1,12 +1,19 @@
 """`FlatSlice`: a parameter-shaped tensor of which this rank holds one flat piece."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from .layout import Interval
+from .layout import Box, Interval, boxes
 
 _aten = torch.ops.aten
 _ON_LOCAL = {
@@ -30,6 +37,9 @@ class FlatSlice(Tensor):
     cloning and moving work on the local piece; arithmetic over the whole is refused, for
     this rank does not have the rest; pickling (`torch.save`) is refused too, for it would
     lose the rest in silence.
+
+    `torch.distributed.checkpoint` saves and loads it with no gather: the slice is a few boxes
+    of the whole tensor (`boxes`), each a chunk in the checkpoint. Loading writes into `local`.
 
     Attributes:
         local: [interval.numel], this rank's elements: a view into the optimizer's state.
@@ -57,6 +67,8 @@ class FlatSlice(Tensor):
     ) -> Any:
         slices = [a for a in args if isinstance(a, FlatSlice)]
         first = args[0]
+        if func is _aten.new_empty.default and tuple(args[1]) == first.shape:
+            func, args = _aten.empty_like.default, args[:1]  # DCP's `async_save` asks so
         if func not in _ON_LOCAL or not isinstance(first, FlatSlice) or not _alike(slices):
             raise NotImplementedError(
                 f"{func} on a FlatSlice, of which this rank holds one piece alone. Use its .local, "
@@ -68,6 +80,36 @@ class FlatSlice(Tensor):
         return FlatSlice(local, first.shape, first.interval, first.order)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [
+            ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+            for box in self._boxes()
+        ]
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.local)
+        return [
+            WriteItem(
+                MetadataIndex(fqn, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        for box in self._boxes():
+            if box.offsets == index.offset:
+                flat = self.local[box.start : box.start + prod(box.sizes)]
+                inverse = [self.order.index(dim) for dim in range(self.dim())]
+                return flat.view([box.sizes[dim] for dim in self.order]).permute(inverse)
+        raise ValueError(f"{index.fqn} has no chunk at {index.offset} on this rank: {self}")
+
+    def _boxes(self) -> list[Box]:
+        if not self.numel():  # one chunk all the same: DCP would miss the key
+            return [Box((0,) * self.dim(), tuple(self.shape), 0)]
+        return boxes(self.shape, self.order, self.interval)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FlatSlice":
         copied = FlatSlice(self.local.clone(), self.shape, self.interval, self.order)

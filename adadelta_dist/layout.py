@@ -12,6 +12,7 @@ which is zero and belongs to nobody.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 ALIGN_BYTES = 16
@@ -167,6 +168,49 @@ def storage_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...
             return tuple(range(len(shape)))
         expected *= shape[dim]
     return tuple(order)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular part of a tensor that is one contiguous run of a slice of it.
+
+    Args:
+        offsets, sizes: where it begins and how far it goes in each dimension of the tensor.
+        start: the position of its first element in the slice.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    start: int
+
+
+def boxes(shape: Sequence[int], order: Sequence[int], interval: Interval) -> list[Box]:
+    """The elements `interval` of a tensor flattened in `order`, as at most 2n-1 boxes.
+
+    They come as they lie in memory, and each is row-major in the dimensions `order`.
+    """
+    found, start = [], 0
+    for spans in _cut([shape[dim] for dim in order], interval):
+        ordered = [spans[order.index(dim)] for dim in range(len(order))]
+        sizes = tuple(span.numel for span in ordered)
+        found.append(Box(tuple(span.start for span in ordered), sizes, start))
+        start += prod(sizes)
+    return found
+
+
+def _cut(sizes: Sequence[int], part: Interval) -> list[tuple[Interval, ...]]:
+    """A part of a row-major tensor: the end of a row, whole rows, the beginning of a row."""
+    if not sizes or not part.numel:
+        return [()] * part.numel
+    inner, row = sizes[1:], prod(sizes[1:])
+    first, last = -(-part.start // row), part.stop // row  # the rows [first, last) are whole
+    head = Interval(part.start, min(first * row, part.stop))  # all of the part, if first > last
+    tail = Interval(max(last * row, head.stop), part.stop)
+    before, after = Interval(first - 1, first), Interval(last, last + 1)
+    found = [(before, *box) for box in _cut(inner, head.shifted(-before.start * row))]
+    if first < last:
+        found.append((Interval(first, last), *(Interval(0, size) for size in inner)))
+    return found + [(after, *box) for box in _cut(inner, tail.shifted(-last * row))]
 
 
 def _align(spec: ParamSpec) -> int:

@@ -16,6 +16,7 @@ from .adadelta import check_values
 from .buckets import FlatBucket
 from .flat_slice import FlatSlice
 from .functional import ACCUMULATORS, eager_flat_, fused_
+from .layout import Interval
 from .memory import flatten, unflatten
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -175,8 +176,10 @@ def _view(bucket: FlatBucket, i: int, flat: Tensor) -> Tensor:
     local = flat[place.start : place.stop]
     if bucket.group.world_size == 1:
         return unflatten(local, p, order)
-    interval = bucket.plan.slice(slot, bucket.group.rank)
-    return FlatSlice(local, p.shape, interval, order)
+    part = bucket.plan.slice(slot, bucket.group.rank)
+    if p.is_complex():  # from real elements to the parameter's own
+        part = Interval(part.start // 2, part.stop // 2)
+    return FlatSlice(bucket.typed(local), p.shape, part, order)
 
 
 def _copy(bucket: FlatBucket, i: int, value: Tensor | None, view: Tensor) -> None:
@@ -186,7 +189,7 @@ def _copy(bucket: FlatBucket, i: int, value: Tensor | None, view: Tensor) -> Non
     elif isinstance(value, FlatSlice):
         local.copy_(value.local)
     elif isinstance(view, FlatSlice):
-        part = view.interval
-        local.copy_(flatten(value.to(view.dtype), bucket.orders[i])[part.start : part.stop])
+        part, whole = view.interval, flatten(value.to(view.dtype), bucket.orders[i])
+        local.copy_(bucket.typed(whole)[part.start : part.stop])
     else:
         local.copy_(value)

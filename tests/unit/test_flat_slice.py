@@ -6,6 +6,13 @@ import pickle
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.staging import (
+    BlockingAsyncStager,
+    DefaultStager,
+    StagingOptions,
+)
 
 from adadelta_dist import FlatSlice
 from adadelta_dist.layout import Interval
@@ -14,7 +21,7 @@ REMEDY = "consolidate_state_dict"
 
 
 def a_slice(start=2, stop=5, shape=(2, 4), order=(0, 1), dtype=torch.float32):
-    return FlatSlice(torch.arange(start, stop, dtype=dtype), shape, Interval(start, stop), order)
+    return FlatSlice(torch.arange(start, stop).to(dtype), shape, Interval(start, stop), order)
 
 
 def assert_like(got, want, values):
@@ -88,9 +95,10 @@ def test_deepcopy_keeps_identity_within_one_copy():
         lambda s: torch.zeros(2, 4).copy_(s),
         lambda s: torch.zeros(2, 4).add_(s),
         lambda s: torch.equal(s, s),
+        lambda s: s.new_empty(3),
         lambda s: torch.stack([s, s]),
     ],
-    ids=["add", "mul_", "sum", "index", "view", "copy whole", "add whole", "equal", "stack"],
+    ids=["add", "mul_", "sum", "index", "view", "copy whole", "add whole", "equal", "new", "stack"],
 )
 def test_what_needs_the_whole_is_refused_with_the_remedy(call):
     with pytest.raises(NotImplementedError, match=rf"FlatSlice(?s:.*){REMEDY}"):
@@ -126,3 +134,66 @@ def test_it_prints_what_it_holds():
 
 def test_an_empty_slice_is_as_good_as_any():
     assert_like(a_slice(3, 3).clone().fill_(1), a_slice(3, 3), [])
+
+
+SLICES = {
+    "two rows": (a_slice(), 2),
+    "transposed": (a_slice(1, 7, (2, 4), (1, 0)), 3),
+    "three dimensions": (a_slice(1, 23, (2, 3, 4), (2, 0, 1)), 5),
+    "complex": (a_slice(1, 7, (2, 4), (1, 0), torch.complex64), 3),
+    "scalar": (a_slice(0, 1, (), ()), 1),
+    "none of it": (a_slice(3, 3), 0),
+    "none of a scalar": (a_slice(0, 0, (), ()), 0),
+    "no elements": (a_slice(0, 0, (0, 3)), 1),
+}
+
+
+@pytest.mark.parametrize(("piece", "count"), SLICES.values(), ids=SLICES)
+def test_its_chunks_are_views_of_its_own_elements_in_the_shape_of_the_whole(piece, count):
+    numel = piece.numel()
+    whole = torch.arange(numel).view([piece.shape[dim] for dim in piece.order])
+    whole = whole.permute([piece.order.index(dim) for dim in range(piece.dim())])
+    chunks = piece.__create_chunk_list__()
+    assert len(chunks) == count
+    for chunk in chunks:
+        got = piece.__get_tensor_shard__(MetadataIndex("w", chunk.offsets))
+        spans = zip(chunk.offsets, chunk.sizes, strict=True)
+        want = whole[tuple(slice(offset, offset + size) for offset, size in spans)]
+        assert got.shape == chunk.sizes
+        assert torch.equal(got, want.to(piece.dtype))
+        assert got.untyped_storage().data_ptr() == piece.local.untyped_storage().data_ptr()
+    assert sum(chunk.sizes.numel() for chunk in chunks) == piece.local.numel()
+
+
+def test_its_write_items_are_shards_of_the_whole():
+    first, second = a_slice().__create_write_items__("w", None)
+    assert first.index == MetadataIndex("w", torch.Size((0, 2)))
+    assert second.index == MetadataIndex("w", torch.Size((1, 0)))
+    for item, sizes in ((first, (1, 2)), (second, (1, 1))):
+        assert item.type == WriteItemType.SHARD
+        assert item.tensor_data.size == (2, 4)
+        assert item.tensor_data.chunk.sizes == sizes
+        assert item.tensor_data.properties.dtype == torch.float32
+
+
+def test_a_chunk_of_another_rank_is_refused():
+    with pytest.raises(
+        ValueError, match=r"w has no chunk at torch.Size\(\[0, 0\]\).*elements \[2,"
+    ):
+        a_slice().__get_tensor_shard__(MetadataIndex("w", torch.Size((0, 0)), 0))
+
+
+@pytest.mark.parametrize(("piece", "_"), SLICES.values(), ids=SLICES)
+def test_the_stager_of_async_save_copies_it(piece, _):
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    staged = stager.stage({"w": piece})["w"]
+    assert_like(staged, piece, piece.local.tolist())
+    if staged.local.numel():
+        assert staged.local.data_ptr() != piece.local.data_ptr()
+
+
+def test_the_older_stager_copies_all_but_scalars_which_it_would_make_whole():
+    piece = a_slice()
+    assert_like(BlockingAsyncStager().stage({"w": piece})["w"], piece, [2, 3, 4])
+    with pytest.raises(NotImplementedError, match=REMEDY):
+        BlockingAsyncStager().stage({"w": SLICES["scalar"][0]})

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from adadelta_dist.layout import (
     ALIGN_BYTES,
+    Box,
     Bucket,
     Interval,
     ParamSpec,
     Slot,
+    boxes,
     plan_layout,
     storage_order,
 )
@@ -198,3 +200,51 @@ def test_storage_order_puts_dimensions_of_size_one_last_among_equal_strides():
 )
 def test_storage_order_of_holes_and_overlaps_is_row_major(tensor):
     assert storage_order(tensor.shape, tensor.stride()) == tuple(range(tensor.dim()))
+
+
+@settings(exhaustive, max_examples=500)
+@given(data=st.data(), shape=st.lists(st.integers(0, 4), max_size=5))
+def test_boxes_tile_the_slice_as_it_lies_in_memory(data, shape):
+    order = data.draw(st.permutations(range(len(shape))))
+    numel = torch.Size(shape).numel()
+    stop = data.draw(st.integers(0, numel))
+    part = Interval(data.draw(st.integers(0, stop)), stop)
+    whole = torch.arange(numel).view([shape[dim] for dim in order])
+    whole = whole.permute([order.index(dim) for dim in range(len(shape))])
+    found = boxes(shape, order, part)
+    covered = []
+    for box in found:
+        assert box.start == len(covered)
+        assert all(box.sizes)
+        spans = zip(box.offsets, box.sizes, strict=True)
+        piece = whole[tuple(slice(offset, offset + size) for offset, size in spans)]
+        assert piece.shape == box.sizes
+        covered += piece.permute(order).reshape(-1).tolist()
+    assert covered == list(range(part.start, part.stop))
+    assert len(found) <= max(1, 2 * len(shape) - 1)
+
+
+def test_boxes_of_a_slice_that_begins_and_ends_amid_rows():
+    assert boxes((3, 4), (0, 1), Interval(2, 9)) == [
+        Box((0, 2), (1, 2), 0),
+        Box((1, 0), (1, 4), 2),
+        Box((2, 0), (1, 1), 6),
+    ]
+    assert boxes((3, 4), (1, 0), Interval(2, 9)) == [
+        Box((2, 0), (1, 1), 0),
+        Box((0, 1), (3, 2), 1),
+    ]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 4])
+def test_the_worst_slice_of_n_dimensions_is_2n_minus_1_boxes(dims):
+    shape = (3,) * dims
+    found = boxes(shape, range(dims), Interval(1, 3**dims - 1))
+    assert len(found) == 2 * dims - 1
+
+
+def test_boxes_of_scalars_and_of_nothing():
+    assert boxes((), (), Interval(0, 1)) == [Box((), (), 0)]
+    assert boxes((), (), Interval(0, 0)) == boxes((), (), Interval(1, 1)) == []
+    assert boxes((0, 3), (0, 1), Interval(0, 0)) == []
+    assert boxes((2, 3), (0, 1), Interval(6, 6)) == []
