@@ -63,8 +63,11 @@ class Adadelta(torch.optim.Adadelta):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`; checks its values too."""
-        # torch's constructor comes here with the defaults it has made, which lack `fused`.
-        self.defaults.setdefault("fused", self.__dict__.pop("_fused", None))
+        # torch's constructor comes here with the defaults it has made, which lack `fused`. Left
+        # at None it stays out, so that groups and state dicts are those of torch's class.
+        fused = self.__dict__.pop("_fused", None)
+        if fused is not None:
+            self.defaults["fused"] = fused
         count = len(self.param_groups)
         super().add_param_group(param_group)
         try:
@@ -77,9 +80,9 @@ class Adadelta(torch.optim.Adadelta):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.defaults.setdefault("fused", None)
-        for group in self.param_groups:
-            group.setdefault("fused", self.defaults["fused"])
+        if "fused" in self.defaults:
+            for group in self.param_groups:
+                group.setdefault("fused", self.defaults["fused"])
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -120,9 +120,9 @@ def use_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
         RuntimeError: `fused=True` and no compiler is found, or parameters on a device that
             has no kernel.
     """
-    if group["fused"] is False or not params or torch.compiler.is_compiling():
+    if group.get("fused") is False or not params or torch.compiler.is_compiling():
         return False
-    if group["fused"] is None and (
+    if group.get("fused") is None and (
         group["foreach"] is not None
         or group["differentiable"]
         or sum(p.numel() for p in params) < FUSED_MIN_NUMEL
@@ -132,7 +132,7 @@ def use_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
     for p in params:
         _check_fusable(p, on_device=p.device.type in FUSED_DEVICES)
     reasons = {_no_kernel(p.device.type, p.dtype) for p in params} - {None}
-    if reasons and group["fused"]:
+    if reasons and group.get("fused"):
         raise RuntimeError(
             f"fused=True: torch.compile found no working compiler ({reasons.pop()}). Install a "
             "C++ compiler such as g++ (CPU) or Triton (CUDA), or leave `fused` at None."
@@ -159,7 +159,7 @@ def check_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
         RuntimeError: `fused=True` with `differentiable`, `foreach`, or parameters that
             are not floating point or on a device that has no kernel.
     """
-    if not group["fused"]:
+    if not group.get("fused"):
         return
     if group["differentiable"]:
         raise RuntimeError("`fused` does not support `differentiable`")

@@ -142,7 +142,13 @@ def match(
             "loaded state dict contains a parameter group that doesn't match the size of "
             "optimizer's group"
         )
-    ids = chain.from_iterable(group["params"] for group in saved)
+    ids = list(chain.from_iterable(group["params"] for group in saved))
+    strangers = state_dict["state"].keys() - set(ids)
+    if strangers:
+        raise ValueError(
+            f"loaded state dict has state of {min(strangers, key=str)!r}, which is in none of its "
+            "parameter groups: were its keys turned into strings?"
+        )
     params = chain.from_iterable(group["params"] for group in groups)
     values = {p: state_dict["state"].get(i, {}) for i, p in zip(ids, params, strict=True)}
     for new, old in zip(saved, groups, strict=True):

@@ -202,6 +202,33 @@ def test_half_precision_parameters_step_as_torchs(pool, dtype):
         assert torch.equal(got, p)
 
 
+def autocast(rank):
+    module = model(torch.float32)
+    optimizer = ShardedAdadelta(module.parameters(), policy=SMALL_BUCKETS)
+    for step in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(module, batch(rank, 10 * step, torch.float32))
+        loss.backward()
+        optimizer.step()
+    return values(module)
+
+
+def test_bfloat16_autocast(pool):
+    module = model(torch.float32)
+    optimizer = torch.optim.Adadelta(module.parameters())
+    for step in range(2):
+        optimizer.zero_grad()
+        for rank in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of(module, batch(rank, 10 * step, torch.float32))
+            (loss / 2).backward()
+        optimizer.step()
+    for results in pool(2).run(autocast):
+        for got, want in zip(results, values(module), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
 def bytes_sent(rank, path, steps):
     """Bytes that crossed the loopback device in `steps` iterations, as the kernel counts."""
     p = nn.Parameter(torch.zeros(4, 2**20))

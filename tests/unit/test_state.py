@@ -198,3 +198,26 @@ def test_a_failed_load_changes_nothing():
     after = optimizer.state_dict()["state"]
     for index, entry in before["state"].items():
         assert_equal(list(after[index].values()), list(entry.values()))
+
+
+def test_state_under_keys_that_no_group_lists_is_refused():
+    """As a round trip through JSON, or through `dcp_to_torch_save`, makes of integers."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = ShardedAdadelta([p])
+    saved = optimizer.state_dict()
+    strings = saved | {"state": {str(key): value for key, value in saved["state"].items()}}
+    with pytest.raises(ValueError, match=r"state of '0', which is in none .* strings"):
+        optimizer.load_state_dict(strings)
+
+
+def test_the_state_dict_has_the_keys_of_torchs():
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones(2)
+    ours, torchs = ShardedAdadelta(params[:1]), torch.optim.Adadelta(params[1:])
+    ours.step()
+    torchs.step()
+    got, want = ours.state_dict(), torchs.state_dict()
+    assert got["param_groups"] == want["param_groups"]
+    assert got["state"].keys() == want["state"].keys()
+    assert got["state"][0].keys() == want["state"][0].keys()
