@@ -229,7 +229,7 @@ class FlatBucket:
     def _take_back(self, i: int) -> None:
         """Before flat memory is written: an old gradient that someone holds keeps its values."""
         lent, self._lent[i] = self._lent[i], None
-        if lent is not None and sys.getrefcount(lent) > 2:  # beside our variable and the call
+        if lent is not None and _references(lent) > _OURS_ALONE:
             lent.data = lent.clone()
 
     def _place(self, i: int) -> Tensor:
@@ -246,6 +246,18 @@ class FlatBucket:
 
 def _is_set_to(grad: Tensor | None, place: Tensor) -> bool:
     return grad is not None and grad.is_set_to(place)
+
+
+def _references(tensor: Tensor) -> int:
+    return sys.getrefcount(tensor)
+
+
+def _count_ours() -> int:
+    lent = torch.empty(0)
+    return _references(lent)
+
+
+_OURS_ALONE = _count_ours()  # differs between versions of Python
 
 
 def _checksum(flat: Tensor) -> Tensor:

@@ -78,16 +78,17 @@ class GradientReducer:
             except RuntimeError as raised:
                 error = error or raised
         edited = [bucket.launched and not bucket.is_current() for bucket in self.buckets]
-        again = self._agree(edited, facts, error)
-        if self.clipped and any(again):
+        by_hand = any(
+            changed and not bucket.accumulating  # by the user, that is, not by a backward
+            for changed, bucket in zip(edited, self.buckets, strict=True)
+        )
+        by_hand_anywhere, *again = self._agree([by_hand, *edited], facts, error)
+        if self.clipped and by_hand_anywhere:
             raise RankError(
                 "gradients changed after optimizer.clip_grad_norm_, which clips their average: "
                 f"edit them before it. (raised on every rank; this is rank {self.group.rank})"
             )
-        self._edited |= any(
-            changed and not bucket.accumulating
-            for changed, bucket in zip(edited, self.buckets, strict=True)
-        )
+        self._edited |= by_hand
         # First what some ranks have launched already, so that all launch in the same order.
         for bucket in self.buckets:
             if not bucket.launched:
@@ -104,9 +105,9 @@ class GradientReducer:
         self._warn_of_edits()  # last: where warnings are errors, it must not stop half-way
 
     def _agree(
-        self, edited: list[bool], facts: Sequence[str], error: Exception | None
+        self, edits: list[bool], facts: Sequence[str], error: Exception | None
     ) -> list[bool]:
-        """Learn what any rank edited and which gradients any rank has, in one message."""
+        """Learn which edits and which gradients any rank has, in one message."""
         here = [
             p.grad is not None and p.grad.layout == torch.strided
             for bucket in self.buckets
@@ -115,11 +116,11 @@ class GradientReducer:
         # Equal on all ranks if and only if the maximum of the digest and the maximum of
         # its complement still add up to 255, byte by byte.
         digest = agreement.digest(facts)
-        flags = [*edited, *here, error is not None, *digest, *(255 - byte for byte in digest)]
+        flags = [*edits, *here, error is not None, *digest, *(255 - byte for byte in digest)]
         message = torch.frombuffer(bytearray(flags), dtype=torch.uint8)
         anyone = collectives.combine(self.group, message, "max")
         flags = anyone.tolist()
-        edited, flags = [bool(f) for f in flags[: len(edited)]], flags[len(edited) :]
+        edits, flags = [bool(f) for f in flags[: len(edits)]], flags[len(edits) :]
         count = len(here)
         failed, low, high = flags[count], flags[count + 1 : -len(digest)], flags[-len(digest) :]
         if failed or any(a + b != 255 for a, b in zip(low, high, strict=True)):
@@ -130,7 +131,7 @@ class GradientReducer:
         present = iter(flags[:count])
         for bucket in self.buckets:
             bucket.present = [bool(next(present)) for _ in bucket.params]
-        return edited
+        return edits
 
     def _warn_of_edits(self) -> None:
         if self._edited and not self._warned and self.group.world_size > 1:

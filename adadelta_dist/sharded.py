@@ -111,6 +111,11 @@ class ShardedAdadelta(Adadelta):
         self._consolidated = None
         self._install(count)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; what was clipped is forgotten with the gradients."""
+        super().zero_grad(set_to_none)
+        self._reducer.clipped = False
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Within it, backward accumulates local gradients and sends nothing."""
         return self._reducer.no_sync() if self._installed else nullcontext()
@@ -138,9 +143,12 @@ class ShardedAdadelta(Adadelta):
         error = None
         if not norm_type > 0:
             error = ValueError(f"norm_type must be positive or infinity, got {norm_type}")
-        elif self._group.world_size == 1:
+        if self._group.world_size == 1:
+            if error is not None:
+                raise error
             params = [p for g in self.param_groups for p in g["params"]]
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
+        self._reducer.clipped = False  # an earlier clip, whose step was skipped
         self._reduce(f"clip_grad_norm_({max_norm}, {norm_type}, {error_if_nonfinite})", error)
         self._reducer.clipped = True
         buckets = [shard.bucket for shard in self._shards]
@@ -208,16 +216,10 @@ class ShardedAdadelta(Adadelta):
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
                 state_dict = pre_hook(self, state_dict) or state_dict
             groups, values = state.match(self.param_groups, state_dict)
-            for shard in self._shards:
-                for i, p in enumerate(shard.bucket.params):
-                    state.check(shard, i, values.get(p, {}))
-                    step = fingerprint.plain(values.get(p, {}).get("step", 0))
-                    mine.facts.append(f"{shard.bucket.names[i]}: step {step}")
+            mine.facts.extend(state.check_all(self._shards, values))
             both = zip(self.param_groups, groups, strict=True)
             mine.facts.extend(fingerprint.hyperparameters([old | new for old, new in both]))
-        for shard in self._shards:
-            for i, p in enumerate(shard.bucket.params):
-                state.adopt(shard, i, values.get(p, {}), self.state)
+        state.adopt_all(self._shards, values, self.state)
         self._consolidated = None
         super().__setstate__({"param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

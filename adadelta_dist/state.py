@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from . import collectives
+from . import collectives, fingerprint
 from .adadelta import check_values
 from .buckets import FlatBucket
 from .flat_slice import FlatSlice
@@ -102,6 +102,24 @@ def check(shard: ShardState, i: int, values: Mapping[str, Any]) -> None:
                 f"{key} of {name} is the slice {value.interval} of another world size, bucket size "
                 "or memory format. Load a consolidated state dict instead."
             )
+
+
+def check_all(shards: Sequence[ShardState], values: Mapping[Tensor, Any]) -> list[str]:
+    """`check` every parameter's values; returns what must be equal on all ranks."""
+    facts = []
+    for shard in shards:
+        for i, (name, p) in enumerate(zip(shard.bucket.names, shard.bucket.params, strict=True)):
+            loaded = values.get(p, {})
+            check(shard, i, loaded)
+            facts.append(f"{name}: step {fingerprint.plain(loaded.get('step', 0))}")
+    return facts
+
+
+def adopt_all(shards: Sequence[ShardState], values: Mapping[Tensor, Any], state: State) -> None:
+    """`adopt` every parameter's checked values."""
+    for shard in shards:
+        for i, p in enumerate(shard.bucket.params):
+            adopt(shard, i, values.get(p, {}), state)
 
 
 def adopt(shard: ShardState, i: int, values: Mapping[str, Any], state: State) -> None:

@@ -123,6 +123,28 @@ def test_gradients_edited_after_clipping_are_an_error_on_every_rank(pool):
         assert "edit them before it" in message
 
 
+def skip_after_clip(rank, forget):
+    """The common remedy for an overflow: clip, look at the norm, and skip the step."""
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=SMALL_BUCKETS)
+    loss_of(module, batch(rank, 7)).backward()
+    optimizer.clip_grad_norm_(1e-6)
+    {"optimizer": optimizer.zero_grad, "module": module.zero_grad}[forget]()
+    loss_of(module, batch(rank, 0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_of(module, batch(rank, 10)).backward()
+    optimizer.clip_grad_norm_(1e6)
+    optimizer.step()
+    return values(module)
+
+
+@pytest.mark.parametrize("forget", ["optimizer", "module"])
+def test_a_step_may_be_skipped_after_clipping(pool, forget):
+    for got in pool(2).run(skip_after_clip, forget):
+        assert_close(got, reference(2, 2))
+
+
 def other_calls(rank, mine, theirs):
     module = model()
     optimizer = ShardedAdadelta(module.parameters())
