@@ -214,7 +214,8 @@ class ShardedAdadelta(Adadelta):
         with agreement(self._group, "load_state_dict") as mine:
             state_dict = state_dict.copy()
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-                state_dict = pre_hook(self, state_dict) or state_dict
+                changed = pre_hook(self, state_dict)
+                state_dict = state_dict if changed is None else changed
             groups, values = state.match(self.param_groups, state_dict)
             mine.facts.extend(state.check_all(self._shards, values))
             both = zip(self.param_groups, groups, strict=True)

@@ -221,3 +221,10 @@ def test_the_state_dict_has_the_keys_of_torchs():
     assert got["param_groups"] == want["param_groups"]
     assert got["state"].keys() == want["state"].keys()
     assert got["state"][0].keys() == want["state"][0].keys()
+
+
+def test_what_a_load_pre_hook_returns_is_loaded_even_if_empty():
+    optimizer = ShardedAdadelta([torch.nn.Parameter(torch.ones(2))])
+    optimizer.register_load_state_dict_pre_hook(lambda *_: {})
+    with pytest.raises(KeyError, match="param_groups"):
+        optimizer.load_state_dict(optimizer.state_dict())
