@@ -244,6 +244,31 @@ def gather_slices(group: Group, mine: Tensor, numels: Sequence[int], dst: int) -
     return torch.cat([piece.cpu() for piece in pieces])
 
 
+def scatter_slices(
+    group: Group, whole: Tensor | None, mine: Tensor, numels: Sequence[int], src: int
+) -> None:
+    """Cut `whole` into one piece for each rank: the inverse of `gather_slices`. Collective.
+
+    Args:
+        whole: [sum(numels)] on `src`, on any device; None on the other ranks.
+        mine: [numels[rank]], contiguous; receives this rank's piece.
+        numels: the pieces' lengths, the same list on every rank.
+    """
+    if whole is None:
+        if mine.numel():
+            _receive(group, mine, src, lane=1).wait()
+        return
+    pieces = whole.to(mine.device).split(list(numels))
+    works = [
+        _send(group, piece, rank, lane=1)
+        for rank, piece in enumerate(pieces)
+        if rank != src and piece.numel()
+    ]
+    mine.copy_(pieces[src])
+    for work in works:
+        work.wait()
+
+
 def all_gather_object(group: Group, mine: Any) -> list[Any]:
     """Everyone's picklable object, by rank. Collective."""
     everyones: list[Any] = [None] * group.world_size

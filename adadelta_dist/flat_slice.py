@@ -72,7 +72,7 @@ class FlatSlice(Tensor):
         if func not in _ON_LOCAL or not isinstance(first, FlatSlice) or not _alike(slices):
             raise NotImplementedError(
                 f"{func} on a FlatSlice, of which this rank holds one piece alone. Use its .local, "
-                "or optimizer.consolidate_state_dict() for the whole."
+                "or optimizer.gather_state_dict() for the whole."
             )
         local = func(*(getattr(a, "local", a) for a in args), **(kwargs or {}))
         if local is first.local:
@@ -119,8 +119,8 @@ class FlatSlice(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             "torch.save of a sharded state_dict would keep this rank's slices only. Call "
-            "optimizer.consolidate_state_dict(to=0) on every rank, then save "
-            "optimizer.state_dict() on rank 0."
+            "optimizer.gather_state_dict(dst=0) on every rank and save what rank 0 gets, or save "
+            "the slices with torch.distributed.checkpoint.save."
         )
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -1,6 +1,5 @@
 """`ShardedAdadelta`: the optimizer that each rank builds, and that shards its state."""
 
-from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from itertools import chain
@@ -13,7 +12,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import collectives, fingerprint, functional, state
-from .adadelta import Adadelta
 from .agreement import agreement
 from .buckets import make_buckets
 from .clipping import clip_shards_
@@ -21,10 +19,10 @@ from .collectives import Group
 from .memory import check_memory
 from .policy import ShardPolicy
 from .reducer import GradientReducer
-from .state import ShardState
+from .state_dicts import StateDicts
 
 
-class ShardedAdadelta(Adadelta):
+class ShardedAdadelta(StateDicts):
     """`torch.optim.Adadelta` with its accumulators sharded over the ranks (ZeRO stage 1).
 
     Build it on every rank, last, with the same arguments; then train as with any
@@ -44,14 +42,13 @@ class ShardedAdadelta(Adadelta):
         policy: how to communicate.
 
     Collective: construction, `step`, `clip_grad_norm_`, `add_param_group`,
-    `load_state_dict`, `consolidate_state_dict` and `copy.deepcopy` are called on every rank.
+    `load_state_dict`, `gather_state_dict`, `scatter_state_dict`, `consolidate_state_dict` and
+    `copy.deepcopy` are called on every rank.
 
     Raises:
         ValueError, TypeError: as torch; parameters that share memory.
         RankError: another rank failed, or has other parameters or hyperparameters.
     """
-
-    _consolidated: defaultdict[Tensor, Any] | None
 
     def __init__(
         self,
@@ -159,82 +156,6 @@ class ShardedAdadelta(Adadelta):
             self._group, grads, max_norm, norm_type, error_if_nonfinite=error_if_nonfinite
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state, as torch's. With more ranks, `FlatSlice` of what this rank owns.
-
-        On the rank where `consolidate_state_dict` gathered it, and until the next step,
-        the whole state, in torch's own form.
-        """
-        if self._consolidated is None:
-            return super().state_dict()
-        own, self.state = self.state, self._consolidated
-        try:
-            return super().state_dict()
-        finally:
-            self.state = own
-
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """Gather the whole state on the CPU of one rank, for its next `state_dict()`.
-
-        Collective. One parameter travels at a time, so that no rank but `to` needs
-        memory for more than a piece of one parameter.
-
-        Args:
-            to: rank within the process group.
-        """
-        with agreement(self._group, "consolidate_state_dict") as mine:
-            if not 0 <= to < self._group.world_size:
-                raise ValueError(f"to must be a rank below {self._group.world_size}, got {to}")
-            state.reclaim(self._shards, self.state)
-            mine.facts.append(f"to={to}")
-        if self._group.world_size == 1:
-            return  # `state_dict` is the whole already
-        whole: defaultdict[Tensor, Any] = defaultdict(dict)
-        for shard in self._shards:
-            for i, p in enumerate(shard.bucket.params):
-                entry = state.gather(shard, i, to)
-                if entry is not None:
-                    whole[p] = entry
-        self._consolidated = whole if self._group.rank == to else None
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of `torch.optim.Adadelta`, or of this class. Collective.
-
-        Every rank passes either the whole state (torch's form, any world size) or its own
-        slices. Parameters without an entry start from zero. Nothing changes on any rank
-        if any rank fails.
-
-        Raises:
-            ValueError: other groups, other shapes, or state of another optimizer.
-            RankError: another rank failed, or the ranks load different checkpoints.
-        """
-        if not self._installed:
-            super().load_state_dict(state_dict)
-            return
-        with agreement(self._group, "load_state_dict") as mine:
-            state_dict = state_dict.copy()
-            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-                changed = pre_hook(self, state_dict)
-                state_dict = state_dict if changed is None else changed
-            groups, values = state.match(self.param_groups, state_dict)
-            mine.facts.extend(state.check_all(self._shards, values))
-            both = zip(self.param_groups, groups, strict=True)
-            mine.facts.extend(fingerprint.hyperparameters([old | new for old, new in both]))
-        state.adopt_all(self._shards, values, self.state)
-        self._consolidated = None
-        super().__setstate__({"param_groups": groups})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if self._group.world_size > 1:
-            raise TypeError(
-                f"ShardedAdadelta at world size {self._group.world_size} cannot be pickled: it "
-                "holds this rank's slices only. Call consolidate_state_dict(to=0) on every rank, "
-                "then save state_dict() on rank 0."
-            )
-        return super().__reduce_ex__(protocol)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedAdadelta":
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
@@ -254,7 +175,7 @@ class ShardedAdadelta(Adadelta):
     def _prepare(self, group: Group, policy: ShardPolicy) -> None:
         self._group, self._policy = group, policy
         self._installed = False  # stays so with `differentiable`, where all is as in torch
-        self._shards: list[ShardState] = []
+        self._shards = []
         self._params: list[list[Tensor]] = []
         self._reducer = GradientReducer(group, overlap=policy.overlap)
         # So that GradScaler comes to `step`, rather than deciding on each rank by itself.

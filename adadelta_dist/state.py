@@ -100,7 +100,8 @@ def check(shard: ShardState, i: int, values: Mapping[str, Any]) -> None:
         ):
             raise ValueError(
                 f"{key} of {name} is the slice {value.interval} of another world size, bucket size "
-                "or memory format. Load a consolidated state dict instead."
+                "or memory format. Load a gathered state dict instead, or the slices through "
+                "torch.distributed.checkpoint."
             )
 
 
@@ -113,6 +114,21 @@ def check_all(shards: Sequence[ShardState], values: Mapping[Tensor, Any]) -> lis
             check(shard, i, loaded)
             facts.append(f"{name}: step {fingerprint.plain(loaded.get('step', 0))}")
     return facts
+
+
+def check_whole(shards: Sequence[ShardState], values: Mapping[Tensor, Any]) -> None:
+    """`check_all` of a state in torch's own form.
+
+    Raises:
+        ValueError: as `check`; a slice instead of the whole.
+    """
+    check_all(shards, values)
+    for entry in values.values():
+        if any(isinstance(value, FlatSlice) for value in entry.values()):
+            raise ValueError(
+                "state_dict holds this rank's slices, wanted the whole state: pass what "
+                "gather_state_dict returned"
+            )
 
 
 def adopt_all(shards: Sequence[ShardState], values: Mapping[Tensor, Any], state: State) -> None:
@@ -131,6 +147,28 @@ def adopt(shard: ShardState, i: int, values: Mapping[str, Any], state: State) ->
             _copy(shard.bucket, i, values.get(key), entry[key])
     extras = {key: value for key, value in values.items() if key not in entry}
     state[p] = {**entry, **extras}
+
+
+def scatter_all(
+    shards: Sequence[ShardState], values: Mapping[Tensor, Any], state: State, src: int
+) -> None:
+    """Give every rank its slices of the checked values that `src` has (none: zeros). Collective."""
+    known = [
+        float(values[p]["step"]) if values.get(p) else None
+        for shard in shards
+        for p in shard.bucket.params
+    ]
+    group = shards[0].bucket.group
+    steps = iter(collectives.all_gather_object(group, known)[src])
+    for shard in shards:
+        for i, p in enumerate(shard.bucket.params):
+            step = next(steps)
+            if step is None:
+                adopt(shard, i, {}, state)
+            else:
+                shard.entries[i]["step"].fill_(step)
+                _scatter(shard, i, values.get(p), src)
+                state[p] = {**shard.entries[i]}
 
 
 def step_(shard: ShardState, group: dict[str, Any], *, fused: bool) -> None:
@@ -188,6 +226,20 @@ def gather(shard: ShardState, i: int, dst: int) -> dict[str, Tensor] | None:
         if whole is not None:
             entry[name] = unflatten(whole, bucket.params[i], bucket.orders[i])
     return entry if bucket.group.rank == dst else None
+
+
+def _scatter(shard: ShardState, i: int, values: Mapping[str, Tensor] | None, src: int) -> None:
+    """The inverse of `gather` for the accumulators of slot `i`, `values` on `src`. Collective."""
+    bucket, slot = shard.bucket, shard.bucket.plan.slots[i]
+    numels = [bucket.plan.slice(slot, rank).numel for rank in range(bucket.group.world_size)]
+    place = bucket.plan.place(slot, bucket.group.rank)
+    for name, flat in zip(ACCUMULATORS, shard.accumulators, strict=True):
+        whole = None
+        if values is not None:
+            value = values[name].detach().to(shard.entries[i][name].dtype)
+            whole = flatten(value, bucket.orders[i])
+        own = flat[place.start : place.stop]
+        collectives.scatter_slices(bucket.group, whole, own, numels, src)
 
 
 def _values(entries: Iterable[dict[str, Any]]) -> list[Any]:

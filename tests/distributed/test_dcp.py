@@ -225,9 +225,9 @@ def test_dcp_to_torch_save_gives_one_plain_file(pool, tmp_path):
 def refusals(rank, path):
     module, optimizer = build(1e-4, [0])
     named = names.get_optimizer_state_dict(module, optimizer)
-    with pytest.raises(TypeError, match="consolidate_state_dict"):
+    with pytest.raises(TypeError, match="gather_state_dict"):
         torch.save(named, io.BytesIO())
-    with pytest.raises(NotImplementedError, match="consolidate_state_dict"):
+    with pytest.raises(NotImplementedError, match="gather_state_dict"):
         dcp.async_save({"optim": named}, storage_writer=dcp.FileSystemWriter(path))
     dcp.save({"w": named["state"]["matrix"]["square_avg"]}, checkpoint_id=path)
     with pytest.raises(dcp.api.CheckpointException, match="Size mismatch"):

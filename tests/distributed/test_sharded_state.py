@@ -90,7 +90,7 @@ def test_a_sharded_state_dict_has_slices_and_cannot_be_pickled(pool):
         assert shape == (5, 6)
         assert names == ["0.weight", "0.bias", "2.weight", "2.bias"]
         assert len(messages) == 3
-        assert all("consolidate_state_dict" in message for message in messages)
+        assert all("gather_state_dict" in message for message in messages)
     pieces = torch.cat([local for _, _, local, _ in results])
     assert pieces.numel() == 30
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.staging import (
 from adadelta_dist import FlatSlice
 from adadelta_dist.layout import Interval
 
-REMEDY = "consolidate_state_dict"
+REMEDY = "gather_state_dict"
 
 
 def a_slice(start=2, stop=5, shape=(2, 4), order=(0, 1), dtype=torch.float32):

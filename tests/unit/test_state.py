@@ -119,7 +119,7 @@ def test_a_slice_of_another_world_size_is_refused_with_the_remedy():
     entries = shard_of((4, 6), world_size=2).entries
     for other in (1, 3):
         shard = shard_of((4, 6), world_size=other)
-        with pytest.raises(ValueError, match=r"another world size.*Load a consolidated"):
+        with pytest.raises(ValueError, match=r"another world size.*Load a gathered"):
             state.check(shard, 0, entries[0])
 
 
