@@ -21,6 +21,7 @@ ORDER = [
     "adadelta",
     "memory",
     "flat_slice",
+    "reading",
     "fingerprint",
     "collectives",
     "agreement",
