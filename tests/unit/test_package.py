@@ -22,6 +22,7 @@ ORDER = [
     "memory",
     "flat_slice",
     "reading",
+    "folder",
     "fingerprint",
     "collectives",
     "agreement",
@@ -67,7 +68,8 @@ print(*sorted(frameworks & ({{n.partition(".")[0] for n in Spy.seen}} | set(sys.
 def frameworks_imported_by(module):
     """Those looked for, installed or not."""
     command = [sys.executable, "-c", SPY.format(module=module)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]  # before it, a framework may have its say
 
 
 def test_the_core_does_not_even_look_for_a_framework():
