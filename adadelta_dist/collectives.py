@@ -9,6 +9,7 @@ exchanges its shards directly, and the sum is taken locally in rank order, which
 it deterministic (docs/design.md has the measurements).
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,9 @@ _native_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather
 _FIRST_CHANNEL = 0xADA0000  # above the tags of a user's own point-to-point messages
 _channels = [_FIRST_CHANNEL]
 _abandoned: list["Pending"] = []
+_backgrounds: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,21 @@ def open_channel(group: Group) -> Group:
         ranks = dist.get_process_group_ranks(process_group)
         process_group = dist.new_group(ranks, use_local_synchronization=True)
     return replace(group, process_group=process_group, channel=agreed)
+
+
+def open_background(group: Group) -> Group:
+    """The same ranks over a gloo group of its own, for a thread beside training. Collective.
+
+    It is made once for a process group: making one costs a round over the store.
+    """
+    if group.process_group is None:
+        return group
+    if group.process_group not in _backgrounds:
+        ranks = dist.get_process_group_ranks(group.process_group)
+        _backgrounds[group.process_group] = dist.new_group(
+            ranks, backend="gloo", use_local_synchronization=True
+        )
+    return replace(group, process_group=_backgrounds[group.process_group])
 
 
 def check_alone(group: Group) -> None:
@@ -271,6 +290,8 @@ def scatter_slices(
 
 def all_gather_object(group: Group, mine: Any) -> list[Any]:
     """Everyone's picklable object, by rank. Collective."""
+    if group.world_size == 1:
+        return [mine]
     everyones: list[Any] = [None] * group.world_size
     dist.all_gather_object(everyones, mine, group=group.process_group)
     return everyones

@@ -2,19 +2,24 @@
 
 import pathlib
 import pickle
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from math import prod
 from os import PathLike
 from typing import IO, Any
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
 
 _CLASSES: tuple[type, ...] = (
     metadata.BytesStorageMetadata,
@@ -32,6 +37,10 @@ _CLASSES: tuple[type, ...] = (
 _ALLOWED: dict[str, Any] = {f"{cls.__module__}.{cls.__name__}": cls for cls in _CLASSES}
 _ALLOWED |= {"torch.Size": torch.Size}
 _ALLOWED |= {f"torch.{n}": v for n, v in vars(torch).items() if isinstance(v, torch.dtype)}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is not fit to be read."""
 
 
 class SafeReader(FileSystemReader):
@@ -77,6 +86,51 @@ class SafeLoadPlanner(DefaultLoadPlanner):
             set_element(self.original_state_dict, self.mappings[name], loaded)
         else:
             self.state_dict[name] = loaded
+
+
+@contextmanager
+def as_checkpoint_error(what: str) -> Iterator[None]:
+    """Turn what `torch.distributed.checkpoint` raises into a sentence.
+
+    Raises:
+        CheckpointError: the first rank's failure, in its own words.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = min(error.failures.items())
+        raise CheckpointError(
+            f"{what}: rank {rank} had {type(reason).__name__}: {reason}"
+        ) from reason
+
+
+def read_into(
+    target: dict[str, Any],
+    folder: str | PathLike[str],
+    *,
+    process_group: ProcessGroup | None = None,
+    flatten: bool = True,
+) -> None:
+    """Fill the tensors of `target`, and replace its other values. Collective in the group.
+
+    Args:
+        target: what to read, by key.
+        folder: of `torch.distributed.checkpoint`.
+        process_group: None: this process reads for itself.
+        flatten: `target` is nested, and its keys joined by dots are those of the folder.
+
+    Raises:
+        CheckpointError: on every rank, if any could not read.
+    """
+    with as_checkpoint_error(f"{folder} could not be read"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        load(
+            target,
+            storage_reader=SafeReader(folder),
+            planner=SafeLoadPlanner(flatten_state_dict=flatten, flatten_sharded_tensors=flatten),
+            process_group=process_group,
+            no_dist=process_group is None,
+        )
 
 
 def load_plain(

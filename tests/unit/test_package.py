@@ -23,6 +23,7 @@ ORDER = [
     "flat_slice",
     "reading",
     "folder",
+    "history",
     "fingerprint",
     "collectives",
     "agreement",
@@ -32,6 +33,10 @@ ORDER = [
     "state_dicts",
     "reducer",
     "sharded",
+    "named_state",
+    "matching",
+    "saving",
+    "loading",
     "__init__",
 ]
 """A module imports none but those before it; nothing here imports `strategies`."""
@@ -40,10 +45,16 @@ ORDER = [
 def test_the_exported_names_are_these():
     assert adadelta_dist.__all__ == [
         "Adadelta",
+        "CheckpointError",
         "FlatSlice",
+        "Loaded",
         "RankError",
         "ShardPolicy",
         "ShardedAdadelta",
+        "async_save_checkpoint",
+        "latest_checkpoint",
+        "load_checkpoint",
+        "save_checkpoint",
     ]
     for name in adadelta_dist.__all__:
         assert getattr(adadelta_dist, name).__name__ == name

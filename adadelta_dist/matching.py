@@ -1,0 +1,211 @@
+"""What of a checkpoint fits a model and an optimizer, found before any tensor is read."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.utils._pytree import tree_map_only
+
+from .functional import ACCUMULATORS
+from .reading import SafeReader, read_into
+
+_STEP_AND_ACCUMULATORS = ("step", *ACCUMULATORS)
+_MODEL, _STATE, _GROUPS = "model.", "optimizer.state.", "optimizer.param_groups."
+_OTHERS = {"exp_avg": "Adam", "momentum_buffer": "SGD", "sum": "Adagrad", "prev": "Rprop"}
+
+Groups = list[dict[str, Any]]
+Saved = dict[str, Any]
+"""DCP's metadata by key."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """What to read of a checkpoint, and what comes of it.
+
+    Args:
+        target: `{"model": ..., "optimizer": {"state": ...}}` by name, tensors in host memory
+            for `torch.distributed.checkpoint.load` to fill.
+        optimizer: `{"state", "param_groups"}` by name, to be loaded afterwards: tensors of
+            `target`, and current ones where the checkpoint has none that fit. A parameter that
+            was saved without state has none: it begins anew.
+        skipped: a line for whatever does not match.
+    """
+
+    target: dict[str, Any]
+    optimizer: dict[str, Any]
+    skipped: tuple[str, ...]
+
+
+def match(source: Path, current: Mapping[str, Any]) -> Match:
+    """Compare a checkpoint with what is there.
+
+    Args:
+        source: its folder.
+        current: `named_state` of model and optimizer.
+
+    Raises:
+        ValueError: the checkpoint holds no state of Adadelta under parameters' names.
+    """
+    metadata = SafeReader(source).read_metadata()
+    saved = metadata.state_dict_metadata
+    groups = _read_groups(source, metadata)
+    skipped: list[str] = []
+    model = _match_model(saved, current["model"], skipped)
+    read = _match_state(saved, groups, current, skipped)
+    state = _kept(groups, current["optimizer"], saved) | read
+    merged = _match_groups(groups, current["optimizer"]["param_groups"], skipped)
+    return Match(
+        {"model": model, "optimizer": {"state": read}},
+        {"state": state, "param_groups": merged},
+        tuple(skipped),
+    )
+
+
+def _match_model(saved: Saved, tensors: Mapping[str, Any], skipped: list[str]) -> dict[str, Any]:
+    target: dict[str, Any] = {}
+    known: set[str] = set()
+    for name, value in tensors.items():
+        leaves = dict(_leaves(value, _MODEL + name))
+        known |= leaves.keys()
+        problems = [_difference(saved.get(key), leaf) for key, leaf in leaves.items()]
+        if any(problems):
+            skipped.append(f"{name} {next(filter(None, problems))}")
+        else:
+            target[name] = tree_map_only(Tensor, _empty_like, value)
+    strangers = [key for key in saved if key.startswith(_MODEL) and key not in known]
+    skipped += [f"{key.removeprefix(_MODEL)} is in the checkpoint alone" for key in strangers]
+    return target
+
+
+def _match_state(
+    saved: Saved, groups: Groups, current: Mapping[str, Any], skipped: list[str]
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors to read the state of each parameter into."""
+    target: dict[str, dict[str, Tensor]] = {}
+    keys = _state_keys(saved)
+    own, theirs = _names(current["optimizer"]["param_groups"]), _names(groups)
+    for name in own:
+        p, entry = current["model"][name], current["optimizer"]["state"].get(name, {})
+        if name not in theirs:
+            skipped.append(f"optimizer state of {name} is not in the checkpoint")
+            continue
+        unknown = keys.get(name, set()) - {*_STEP_AND_ACCUMULATORS, *entry}
+        skipped += [f"{key} of {name} is in the checkpoint alone" for key in sorted(unknown)]
+        wanted = {
+            key: _empty_like(
+                entry[key] if key in entry else torch.zeros(()) if key == "step" else p
+            )
+            for key in sorted(keys.get(name, set()) - unknown)
+        }
+        problems = [
+            f"{key} of {name} {problem}"
+            for key, tensor in wanted.items()
+            if (problem := _difference(saved[f"{_STATE}{name}.{key}"], tensor))
+        ]
+        skipped += problems
+        if wanted and not problems:
+            target[name] = wanted
+    strangers = [name for name in theirs if name not in own]
+    skipped += [f"optimizer state of {name} is in the checkpoint alone" for name in strangers]
+    return target
+
+
+def _kept(groups: Groups, optimizer: Mapping[str, Any], saved: Saved) -> dict[str, Any]:
+    """Current state of the parameters that the checkpoint lacks, or has with state unfit."""
+    without_state = set(_names(groups)) - _state_keys(saved).keys()
+    return {n: entry for n, entry in optimizer["state"].items() if n not in without_state}
+
+
+def _match_groups(groups: Groups, current: Groups, skipped: list[str]) -> Groups:
+    """The current groups with the hyperparameters of the saved ones of the same parameters."""
+    if len(groups) != len(current):
+        skipped.append(
+            f"the checkpoint has {len(groups)} parameter groups, the optimizer {len(current)}"
+        )
+    by_params = {frozenset(group["params"]): group for group in groups}
+    merged = []
+    for g, group in enumerate(current):
+        found = by_params.get(frozenset(group["params"]))
+        if found is None:
+            skipped.append(f"no group of the checkpoint has the parameters of group {g}")
+        merged.append(group | (found or {}) | {"params": group["params"]})
+    return merged
+
+
+def _state_keys(saved: Saved) -> dict[str, set[str]]:
+    """What state was saved of which parameter.
+
+    Raises:
+        ValueError: not of Adadelta.
+    """
+    keys: dict[str, set[str]] = {}
+    for key in saved:
+        if key.startswith(_STATE):
+            name, _, kind = key.removeprefix(_STATE).rpartition(".")
+            keys.setdefault(name, set()).add(kind)
+    for name, kinds in keys.items():
+        if not kinds.issuperset(_STEP_AND_ACCUMULATORS):
+            other = next((f"{_OTHERS[kind]} " for kind in sorted(kinds) if kind in _OTHERS), "")
+            raise ValueError(
+                f"this holds {other}state: {', '.join(sorted(kinds - {'step'}))} (of {name}); "
+                f"Adadelta's is {', '.join(ACCUMULATORS)}"
+            )
+    return keys
+
+
+def _read_groups(source: Path, metadata: Metadata) -> Groups:
+    """The saved parameter groups."""
+    saved = metadata.state_dict_metadata
+    values: dict[str, Any] = {
+        key: torch.empty(meta.size) if isinstance(meta, TensorStorageMetadata) else None
+        for key, meta in saved.items()
+        if key.startswith(_GROUPS)
+    }
+    read_into(values, source, flatten=False)
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        number, _, name = key.removeprefix(_GROUPS).partition(".")
+        groups.setdefault(number, {})[name] = value
+    if not groups or not all(n.isdigit() and "params" in g for n, g in groups.items()):
+        raise ValueError(
+            f"{source} has no optimizer.param_groups by number, as save_checkpoint writes them. "
+            "A flattened optimizer state dict loads by torch.distributed.checkpoint, or after "
+            "`adadelta-dist convert`."
+        )
+    return [groups[number] for number in sorted(groups, key=int)]
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> dict[str, None]:
+    return dict.fromkeys(name for group in groups for name in group["params"])
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Values by the keys that `torch.distributed.checkpoint` gives them."""
+    inner: Iterator[tuple[Any, Any]] | None = None
+    if isinstance(value, Mapping) and value:
+        inner = iter(value.items())
+    elif isinstance(value, list | tuple) and value:
+        inner = enumerate(value)
+    if inner is None:
+        yield key, value
+        return
+    for name, item in inner:
+        yield from _leaves(item, f"{key}.{name}")
+
+
+def _difference(saved: Any, value: Any) -> str | None:
+    if saved is None:
+        return "is not in the checkpoint"
+    if isinstance(saved, TensorStorageMetadata) != isinstance(value, Tensor):
+        return "is a tensor on one side only"
+    if isinstance(value, Tensor) and tuple(saved.size) != tuple(value.shape):
+        return f"has shape {tuple(saved.size)} in the checkpoint, {tuple(value.shape)} here"
+    return None
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, device="cpu")

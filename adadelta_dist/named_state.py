@@ -1,0 +1,95 @@
+"""The state of model and optimizer under the parameters' names, as checkpoints hold it.
+
+    {"model": {name: tensor}, "optimizer": {"state": {name: {"step": ..., ...}},
+                                            "param_groups": [{"params": [names], "lr": ...}]}}
+
+It is the form of `torch.distributed.checkpoint.state_dict.get_state_dict`. That function
+itself steps an optimizer without state, hooks and all, and its counterpart drops the state of
+frozen parameters; this one reads only.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from . import collectives
+from .collectives import Group
+from .state_dicts import StateDicts
+
+
+def group_of(optimizer: torch.optim.Optimizer) -> Group:
+    """The ranks that save and load together: a sharded optimizer's own, else all of the job.
+
+    Raises:
+        TypeError: not an Adadelta.
+    """
+    if not isinstance(optimizer, torch.optim.Adadelta):
+        raise TypeError(
+            f"optimizer is {type(optimizer).__module__}.{type(optimizer).__qualname__}, wanted "
+            "ShardedAdadelta, Adadelta or torch.optim.Adadelta. A wrapped optimizer is unwrapped "
+            "first; ZeroRedundancyOptimizer's consolidated state dict loads by load_state_dict."
+        )
+    return optimizer._group if isinstance(optimizer, StateDicts) else collectives.join(None)
+
+
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """State dicts of both, by name; tensors are those of model and optimizer, not copies.
+
+    Raises:
+        ValueError: the optimizer has a parameter that the model lacks.
+    """
+    tensors = get_model_state_dict(model)
+    names = named_groups(model, optimizer, tensors.keys())
+    # Not the optimizer's own method, which may give a consolidated whole on one rank.
+    own = torch.optim.Optimizer.state_dict(optimizer)
+    by_id = dict(zip(_ids(own["param_groups"]), chain.from_iterable(names), strict=True))
+    state = {by_id[i]: entry for i, entry in own["state"].items()}
+    groups = [
+        {key: value for key, value in group.items() if key != "param_names"} | {"params": list(n)}
+        for group, n in zip(own["param_groups"], names, strict=True)
+    ]
+    return {"model": tensors, "optimizer": {"state": state, "param_groups": groups}}
+
+
+def optimizer_state_dict(named: dict[str, Any]) -> dict[str, Any]:
+    """`{"state", "param_groups"}` by name as `Optimizer.load_state_dict` takes it: by number."""
+    numbers = {n: i for i, n in enumerate(_ids(named["param_groups"]))}
+    return {
+        "state": {numbers[name]: entry for name, entry in named["state"].items()},
+        "param_groups": [
+            group | {"params": [numbers[name] for name in group["params"]]}
+            for group in named["param_groups"]
+        ],
+    }
+
+
+def named_groups(
+    model: nn.Module, optimizer: torch.optim.Optimizer, keys: Sequence[str] | Any
+) -> list[list[str]]:
+    """The names of the optimizer's parameters, by group.
+
+    Args:
+        keys: of the model's state dict: names without the prefixes of wrappers.
+    """
+    names: dict[Tensor, str] = {}
+    for name, p in model.named_parameters():
+        bare = name.replace("_orig_mod.", "")  # torch.compile
+        while bare not in keys and bare.startswith("module."):  # DistributedDataParallel
+            bare = bare.removeprefix("module.")
+        names[p] = bare
+    for g, group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(group["params"]):
+            if names.get(p) not in keys:
+                raise ValueError(
+                    f"parameter {i} of group {g}, of shape {tuple(p.shape)}, is in the optimizer "
+                    "and not in the model: pass the model that the optimizer was built with"
+                )
+    return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _ids(groups: Sequence[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(group["params"] for group in groups))
