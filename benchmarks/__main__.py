@@ -7,13 +7,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from . import iteration, step
+from . import checkpoint, iteration, step
 from .report import Table, picture, report
+
+KINDS = ("step", "iteration", "checkpoint")
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=["all", "step", "iteration"])
+    parser.add_argument("what", nargs="?", default="all", choices=["all", *KINDS])
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
     parser.add_argument("--world-size", type=int, default=2, help="ranks of `iteration`")
     parser.add_argument("--repetitions", type=int, help="of each peer")
@@ -36,6 +38,9 @@ def main(argv: list[str]) -> None:
     if chosen.what in ("all", "iteration"):
         plan = iteration.QUICK if chosen.quick else iteration.IterationPlan()
         tables += iteration.measure(replace(plan, world_size=chosen.world_size, **changes))
+    if chosen.what in ("all", "checkpoint"):
+        saving = checkpoint.QUICK if chosen.quick else checkpoint.CheckpointPlan()
+        tables += checkpoint.measure(replace(saving, **changes))
     name = datetime.date.today().isoformat() + ("-quick" if chosen.quick else "")
     text = report(tables, name, shlex.join(["python", "-m", "benchmarks", *argv]))
     chosen.out.mkdir(parents=True, exist_ok=True)
