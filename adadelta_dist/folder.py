@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
@@ -54,7 +55,10 @@ def temporary_name(path: Path) -> Path:
 
     Raises:
         FileExistsError: `path` exists.
+        FileNotFoundError: the folder that it would be in does not.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder: create it first")
     _refuse_existing(path)
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.incomplete")
 
@@ -84,6 +88,13 @@ def publish(temporary: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The error of the file system behind another one: torch reports a full disk as its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def discard(temporary: Path) -> None:
     """Remove a temporary file or folder, if it is there."""
     if temporary.is_dir():
@@ -110,11 +121,11 @@ def write_sums(folder: Path, sums: Mapping[str, str] | None = None) -> None:
     (folder / SUMS).write_bytes("".join(lines).encode())
 
 
-def verify(folder: Path, reader: int = 0, readers: int = 1) -> list[str] | None:
-    """What is wrong with a folder: files missing, changed, or not listed in SHA256SUMS.
+def verify(path: Path, reader: int = 0, readers: int = 1) -> list[str] | None:
+    """What is wrong with a checkpoint: files missing, changed, or not listed in SHA256SUMS.
 
     Args:
-        folder: the checkpoint's.
+        path: a folder, or a file of `torch.save`, which has checksums of its own (CRC-32).
         reader, readers: several processes may share the reading; this one computes the
             checksum of every `readers`-th file.
 
@@ -122,6 +133,10 @@ def verify(folder: Path, reader: int = 0, readers: int = 1) -> list[str] | None:
         One line a problem; none: it is intact. None instead of a list: nobody can know, for
         it has neither sums nor a manifest (a folder of plain `torch.distributed.checkpoint`).
     """
+    return _verify_folder(path) if path.is_dir() else _verify_zip(path)
+
+
+def _verify_folder(folder: Path) -> list[str] | None:
     if not (folder / SUMS).exists():
         return [f"{SUMS} is missing"] if (folder / MANIFEST).exists() else None
     sums, problems = _parse((folder / SUMS).read_bytes())
@@ -137,6 +152,17 @@ def verify(folder: Path, reader: int = 0, readers: int = 1) -> list[str] | None:
         elif i % readers == reader and _sha256(entry) != sums[name]:
             problems.append(f"{name} has changed: its checksum is another")
     return problems
+
+
+def _verify_zip(file: Path) -> list[str]:
+    try:
+        with ZipFile(file) as archive:
+            changed = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, for any byte may have changed
+        return [f"{file.name} is damaged, or no file of torch.save: {error}"]
+    return [f"{file.name} has changed: the checksum of its {changed} is another"] if changed else []
 
 
 def write_manifest(
