@@ -27,6 +27,7 @@ ORDER = [
     "content",
     "sources",
     "convert",
+    "inspection",
     "fingerprint",
     "collectives",
     "agreement",
@@ -41,6 +42,7 @@ ORDER = [
     "saving",
     "loading",
     "__init__",
+    "cli",
 ]
 """A module imports none but those before it; nothing here imports `strategies`."""
 
@@ -74,7 +76,7 @@ class Spy(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Spy())
 import {module}
-frameworks = {{"lightning", "pytorch_lightning", "deepspeed", "torchmetrics"}}
+frameworks = {{"lightning", "pytorch_lightning", "deepspeed", "torchmetrics", "typer", "rich"}}
 print(*sorted(frameworks & ({{n.partition(".")[0] for n in Spy.seen}} | set(sys.modules))))
 """
 
