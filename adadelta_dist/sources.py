@@ -34,7 +34,7 @@ def read(path: Path) -> Content:
         raise ValueError(f"{path} is not a checkpoint: it has no .metadata")
     try:
         return read_dcp(path) if path.is_dir() else read_torch(path)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} holds no state dicts as torch writes them ({reason})") from error
 
@@ -107,14 +107,15 @@ def _load_one(reader: SafeReader, metadata: Metadata, key: str) -> Any:
 
 def _load(reader: SafeReader, metadata: Metadata, keys: Iterable[str]) -> dict[str, Any]:
     into: dict[str, Any] = {}
-    for key in keys:
-        meta: Any = metadata.state_dict_metadata[key]
-        into[key] = (
-            torch.empty(meta.size, dtype=meta.properties.dtype) if _is_tensor(meta) else None
-        )
     planner = SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(into, metadata, True)
     try:
+        for key in keys:
+            meta: Any = metadata.state_dict_metadata[key]
+            blank = (
+                torch.empty(meta.size, dtype=meta.properties.dtype) if _is_tensor(meta) else None
+            )
+            into[key] = blank
+        planner.set_up_planner(into, metadata, True)
         reader.read_data(create_default_local_load_plan(into, metadata), planner).wait()
     except (OSError, ValueError):
         raise

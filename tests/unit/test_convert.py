@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +207,33 @@ def test_a_plain_folder_that_lost_bytes_is_refused_without_sums(tmp_path):
     refused(tmp_path / "dcp", tmp_path / "new", "torch", "is damaged")
     file.unlink()
     refused(tmp_path / "dcp", tmp_path / "new", "torch", "distcp", FileNotFoundError)
+
+
+def grow(found):
+    meta = found.state_dict_metadata["model.matrix"]
+    meta.size = meta.chunks[0].sizes = torch.Size([2**40, 2**10])
+
+
+def forget(found):
+    found.storage_data = {k: v for k, v in found.storage_data.items() if k.fqn != "model.matrix"}
+
+
+def misplace(found):
+    next(iter(found.storage_data.values())).offset = 10**9
+
+
+def cut(found):
+    found.planner_data["model.matrix"] = ()
+
+
+@pytest.mark.parametrize("change", [grow, forget, misplace, cut])
+def test_metadata_that_lies_is_refused(tmp_path, change):
+    save_dcp(tmp_path / "dcp", *build())
+    path = tmp_path / "dcp" / ".metadata"
+    found = pickle.loads(path.read_bytes())
+    change(found)
+    path.write_bytes(pickle.dumps(found))
+    refused(tmp_path / "dcp", tmp_path / "new", "torch", "is damaged|holds no state dicts")
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
