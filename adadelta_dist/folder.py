@@ -133,10 +133,10 @@ def verify(path: Path, reader: int = 0, readers: int = 1) -> list[str] | None:
         One line a problem; none: it is intact. None instead of a list: nobody can know, for
         it has neither sums nor a manifest (a folder of plain `torch.distributed.checkpoint`).
     """
-    return _verify_folder(path) if path.is_dir() else _verify_zip(path)
+    return _verify_folder(path, reader, readers) if path.is_dir() else _verify_zip(path)
 
 
-def _verify_folder(folder: Path) -> list[str] | None:
+def _verify_folder(folder: Path, reader: int, readers: int) -> list[str] | None:
     if not (folder / SUMS).exists():
         return [f"{SUMS} is missing"] if (folder / MANIFEST).exists() else None
     sums, problems = _parse((folder / SUMS).read_bytes())

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils._pytree import tree_map_only
 
+from .content import foreign_state
 from .functional import ACCUMULATORS
-from .reading import SafeReader, read_into
+from .reading import SafeReader
+from .sources import read
 
-_STEP_AND_ACCUMULATORS = ("step", *ACCUMULATORS)
-_MODEL, _STATE, _GROUPS = "model.", "optimizer.state.", "optimizer.param_groups."
-_OTHERS = {"exp_avg": "Adam", "momentum_buffer": "SGD", "sum": "Adagrad", "prev": "Rprop"}
+_MODEL, _STATE, _GROUPS = "model.", "optimizer.state.", "optimizer.param_groups"
 
 Groups = list[dict[str, Any]]
 Saved = dict[str, Any]
@@ -50,9 +50,8 @@ def match(source: Path, current: Mapping[str, Any]) -> Match:
     Raises:
         ValueError: the checkpoint holds no state of Adadelta under parameters' names.
     """
-    metadata = SafeReader(source).read_metadata()
-    saved = metadata.state_dict_metadata
-    groups = _read_groups(source, metadata)
+    saved = SafeReader(source).read_metadata().state_dict_metadata
+    groups = _read_groups(source, saved)
     skipped: list[str] = []
     model = _match_model(saved, current["model"], skipped)
     read = _match_state(saved, groups, current, skipped)
@@ -93,7 +92,7 @@ def _match_state(
         if name not in theirs:
             skipped.append(f"optimizer state of {name} is not in the checkpoint")
             continue
-        unknown = keys.get(name, set()) - {*_STEP_AND_ACCUMULATORS, *entry}
+        unknown = keys.get(name, set()) - {"step", *ACCUMULATORS, *entry}
         skipped += [f"{key} of {name} is in the checkpoint alone" for key in sorted(unknown)]
         wanted = {
             key: _empty_like(
@@ -137,46 +136,33 @@ def _match_groups(groups: Groups, current: Groups, skipped: list[str]) -> Groups
 
 
 def _state_keys(saved: Saved) -> dict[str, set[str]]:
-    """What state was saved of which parameter.
-
-    Raises:
-        ValueError: not of Adadelta.
-    """
+    """What state was saved of which parameter."""
     keys: dict[str, set[str]] = {}
     for key in saved:
         if key.startswith(_STATE):
             name, _, kind = key.removeprefix(_STATE).rpartition(".")
             keys.setdefault(name, set()).add(kind)
-    for name, kinds in keys.items():
-        if not kinds.issuperset(_STEP_AND_ACCUMULATORS):
-            other = next((f"{_OTHERS[kind]} " for kind in sorted(kinds) if kind in _OTHERS), "")
-            raise ValueError(
-                f"this holds {other}state: {', '.join(sorted(kinds - {'step'}))} (of {name}); "
-                f"Adadelta's is {', '.join(ACCUMULATORS)}"
-            )
     return keys
 
 
-def _read_groups(source: Path, metadata: Metadata) -> Groups:
-    """The saved parameter groups."""
-    saved = metadata.state_dict_metadata
-    values: dict[str, Any] = {
-        key: torch.empty(meta.size) if isinstance(meta, TensorStorageMetadata) else None
-        for key, meta in saved.items()
-        if key.startswith(_GROUPS)
-    }
-    read_into(values, source, flatten=False)
-    groups: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        number, _, name = key.removeprefix(_GROUPS).partition(".")
-        groups.setdefault(number, {})[name] = value
-    if not groups or not all(n.isdigit() and "params" in g for n, g in groups.items()):
+def _read_groups(source: Path, saved: Saved) -> Groups:
+    """The saved parameter groups.
+
+    Raises:
+        ValueError: there are none where `save_checkpoint` puts them, or of another optimizer.
+    """
+    content = read(source)
+    if foreign := foreign_state(content):
         raise ValueError(
-            f"{source} has no optimizer.param_groups by number, as save_checkpoint writes them. "
-            "A flattened optimizer state dict loads by torch.distributed.checkpoint, or after "
-            "`adadelta-dist convert`."
+            f"{source} is of another optimizer: this holds {foreign}; Adadelta's is "
+            f"{', '.join(ACCUMULATORS)}"
         )
-    return [groups[number] for number in sorted(groups, key=int)]
+    if not any(key.startswith(_GROUPS) for key in saved):
+        raise ValueError(
+            f"{source} has no optimizer.param_groups: save "
+            '{"model": ..., "optimizer": ...}, or use adadelta-dist convert'
+        )
+    return [dict(group) for group in content.groups]
 
 
 def _names(groups: Sequence[Mapping[str, Any]]) -> dict[str, None]:

@@ -109,15 +109,13 @@ def read_into(
     folder: str | PathLike[str],
     *,
     process_group: ProcessGroup | None = None,
-    flatten: bool = True,
 ) -> None:
     """Fill the tensors of `target`, and replace its other values. Collective in the group.
 
     Args:
-        target: what to read, by key.
+        target: what to read; its nested keys joined by dots are those of the folder.
         folder: of `torch.distributed.checkpoint`.
         process_group: None: this process reads for itself.
-        flatten: `target` is nested, and its keys joined by dots are those of the folder.
 
     Raises:
         CheckpointError: on every rank, if any could not read.
@@ -127,7 +125,7 @@ def read_into(
         load(
             target,
             storage_reader=SafeReader(folder),
-            planner=SafeLoadPlanner(flatten_state_dict=flatten, flatten_sharded_tensors=flatten),
+            planner=SafeLoadPlanner(),
             process_group=process_group,
             no_dist=process_group is None,
         )

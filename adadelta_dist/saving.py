@@ -155,10 +155,11 @@ def _write(group: Group, work: _Work) -> Path:
     """All of a save that needs no model and no optimizer. Collective."""
     temporary = Path()
     with agreement(group, "save_checkpoint"):
-        temporary = folder.temporary_name(work.path)
         if group.rank == 0:
             try:
-                temporary.mkdir(parents=True)
+                work.path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = folder.temporary_name(work.path)
+                temporary.mkdir()
             except OSError as error:
                 raise CheckpointError(f"path {work.path} could not be made: {error}") from error
     temporary = Path(collectives.all_gather_object(group, str(temporary))[0])
