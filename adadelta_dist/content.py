@@ -172,7 +172,7 @@ def parse_optimizer(
     """
     state: dict[Any, dict[str, Value]] = {}
     nested: dict[Any, dict[str, Any]] = {}
-    flat: dict[str, dict[str, Any]] = {}
+    flat: dict[str, dict[str, Value]] = {}
     for path, value in optimizer.items():
         kind, _, dotted = str(path[0]).partition(".")
         name, _, key = dotted.rpartition(".")
@@ -180,7 +180,7 @@ def parse_optimizer(
             name, key = (name, key) if dotted else path[1:3]
             state.setdefault(name, {})[key] = value
         elif dotted:
-            flat.setdefault(name, {})[key] = value.read()
+            flat.setdefault(name, {})[key] = value
         else:
             nested.setdefault(path[1], {})[path[2]] = value.read()
     groups = [nested[i] for i in sorted(nested)] or _regroup(flat)
@@ -214,18 +214,25 @@ def _names(group: Mapping[str, Any]) -> list[str]:
     return list(names)
 
 
-def _regroup(flat: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _regroup(flat: Mapping[str, Mapping[str, Value]]) -> list[dict[str, Any]]:
     """Groups, from each parameter's hyperparameters, as flattened state dicts have them.
 
     They come in the optimizer's order. Neighbours of equal hyperparameters are one group:
-    nothing tells more, unless the hyperparameters include the group's `param_names`.
+    nothing tells more, unless the hyperparameters include the group's `param_names`. Those
+    are read once a group, for every parameter has the whole list.
     """
     groups: list[dict[str, Any]] = []
-    for name, options in flat.items():
+    listed: set[str] = set()
+    for name, values in flat.items():
+        if name in listed:
+            groups[-1]["params"].append(name)
+            continue
+        options = {key: value.read() for key, value in values.items()}
         if groups and _alike(groups[-1], options):
             groups[-1]["params"].append(name)
         else:
             groups.append({**options, "params": [name]})
+            listed = set(options.get("param_names", ()))
     return groups
 
 

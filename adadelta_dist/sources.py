@@ -1,6 +1,6 @@
 """The content of a checkpoint from where it is stored, read value by value."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from .content import (
     Content,
-    Keys,
     Value,
     flatten,
     optimizer_root,
@@ -42,7 +41,7 @@ def read(path: Path) -> Content:
 def read_dcp(path: Path) -> Content:
     """The content of a folder of `torch.distributed.checkpoint`, ours or not.
 
-    Only values that are not tensors are read at once.
+    Only what tells its groups is read at once.
 
     Raises:
         OSError: it cannot be opened.
@@ -51,16 +50,12 @@ def read_dcp(path: Path) -> Content:
     reader = SafeReader(path)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, True)
-    plain = (k for k, v in metadata.state_dict_metadata.items() if not _is_tensor(v))
-    loaded = _load(reader, metadata, plain)
-    values: dict[Keys, Value] = {}
-    for key, meta in metadata.state_dict_metadata.items():
-        at = tuple((metadata.planner_data or {}).get(key, (key,)))
-        if isinstance(meta, TensorStorageMetadata):
-            lazy = partial(_load_one, reader, metadata, key)
-            values[at] = Value(lazy, tuple(meta.size), meta.properties.dtype)
-        else:
-            values[at] = _held(loaded[key])
+    # Paths come in the state dict's order. The metadata's own order depends on which rank wrote
+    # what, and optimizers load their state by order.
+    paths = dict(metadata.planner_data or {})
+    for key in metadata.state_dict_metadata:
+        paths.setdefault(key, (key,))
+    values = {tuple(at): _stored(reader, metadata, key) for key, at in paths.items()}
     optimizer, rest = take_optimizer(values, optimizer_root(values))
     state, groups, named = parse_optimizer(optimizer)
     model, others = take_model(rest, (name for group in groups for name in group["params"]))
@@ -97,31 +92,27 @@ def read_torch(path: Path) -> Content:
     return Content(model, state, groups, named, extra=by_rank)
 
 
-def _is_tensor(meta: Any) -> bool:
-    return isinstance(meta, TensorStorageMetadata)
+def _stored(reader: SafeReader, metadata: Metadata, key: str) -> Value:
+    meta, read = metadata.state_dict_metadata[key], partial(_load, reader, metadata, key)
+    if isinstance(meta, TensorStorageMetadata):
+        return Value(read, tuple(meta.size), meta.properties.dtype)
+    return Value(read)
 
 
-def _load_one(reader: SafeReader, metadata: Metadata, key: str) -> Any:
-    return _load(reader, metadata, [key])[key]
-
-
-def _load(reader: SafeReader, metadata: Metadata, keys: Iterable[str]) -> dict[str, Any]:
-    into: dict[str, Any] = {}
+def _load(reader: SafeReader, metadata: Metadata, key: str) -> Any:
+    meta = metadata.state_dict_metadata[key]
+    into: dict[str, Any] = {key: None}
     planner = SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        for key in keys:
-            meta: Any = metadata.state_dict_metadata[key]
-            blank = (
-                torch.empty(meta.size, dtype=meta.properties.dtype) if _is_tensor(meta) else None
-            )
-            into[key] = blank
+        if isinstance(meta, TensorStorageMetadata):
+            into[key] = torch.empty(meta.size, dtype=meta.properties.dtype)
         planner.set_up_planner(into, metadata, True)
         reader.read_data(create_default_local_load_plan(into, metadata), planner).wait()
     except (OSError, ValueError):
         raise
     except Exception as error:
         raise ValueError(f"{reader.path} is damaged: {type(error).__name__}: {error}") from error
-    return into
+    return into[key]
 
 
 def _extra(folder: Path) -> dict[int, Value]:

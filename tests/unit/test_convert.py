@@ -58,6 +58,18 @@ def test_without_param_names_flattened_groups_are_told_by_their_values(tmp_path,
     go_on(load_torch(tmp_path / "file.pt"))
 
 
+@flattened
+def test_order_is_the_optimizers_whichever_rank_wrote_what(tmp_path, options):
+    """What several ranks have, they write in turns: the metadata lists it rank by rank."""
+    save_dcp(tmp_path / "dcp", *build(), options)
+    path = tmp_path / "dcp" / ".metadata"
+    found = pickle.loads(path.read_bytes())
+    found.state_dict_metadata = dict(reversed(found.state_dict_metadata.items()))
+    path.write_bytes(pickle.dumps(found))
+    convert(tmp_path / "dcp", tmp_path / "file.pt", "torch")
+    go_on(load_torch(tmp_path / "file.pt"))
+
+
 def test_a_torch_file_becomes_a_complete_folder(tmp_path):
     save_torch(tmp_path / "file.pt", *build())
     convert(tmp_path / "file.pt", tmp_path / "dcp", "dcp")

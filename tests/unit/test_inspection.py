@@ -73,8 +73,9 @@ def test_a_folder_of_ours_tells_where_it_comes_from(tmp_path):
     assert found.saved_at.endswith("+00:00")
 
 
-def test_no_tensor_of_a_folder_is_read_but_steps_and_hyperparameters(tmp_path, monkeypatch):
-    save_dcp(tmp_path / "dcp", *build())
+@pytest.mark.parametrize("options", [NESTED, FLAT], ids=["nested", "flat"])
+def test_of_a_folder_steps_and_each_groups_values_are_read(tmp_path, monkeypatch, options):
+    save_dcp(tmp_path / "dcp", *build(), options)
     read = []
     stock = FileSystemReader.read_data
 
@@ -84,9 +85,11 @@ def test_no_tensor_of_a_folder_is_read_but_steps_and_hyperparameters(tmp_path, m
 
     monkeypatch.setattr(FileSystemReader, "read_data", spy)
     describe(tmp_path / "dcp")
-    tensors = {name for name in read if not name.startswith("optimizer.param_groups")}
-    assert {name.rpartition(".")[2] for name in tensors} == {"step"}
-    assert len(tensors) == len(list(Zoo().parameters())) - 1  # the frozen one has none
+    assert len(read) == len(set(read))
+    steps = [name for name in read if not name.startswith("optimizer.param_groups")]
+    assert {name.rpartition(".")[2] for name in steps} == {"step"}
+    assert len(steps) == len(list(Zoo().parameters())) - 1  # the frozen one has none
+    assert len(read) - len(steps) <= 2 * 10  # flattened, each parameter has its group's
 
 
 def test_damage_is_told_with_what_can_still_be_read(tmp_path):
