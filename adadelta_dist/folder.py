@@ -196,7 +196,10 @@ def write_manifest(
             name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
             for name, tensor in parameters.items()
         },
-        "groups": [{key: plain(value) for key, value in group.items()} for group in groups],
+        "groups": [
+            {key: plain(value) for key, value in group.items() if key != "param_names"}
+            for group in groups
+        ],
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
 

@@ -131,7 +131,8 @@ def _match_groups(groups: Groups, current: Groups, skipped: list[str]) -> Groups
         found = by_params.get(frozenset(group["params"]))
         if found is None:
             skipped.append(f"no group of the checkpoint has the parameters of group {g}")
-        merged.append(group | (found or {}) | {"params": group["params"]})
+        own = {key: group[key] for key in ("params", "param_names")}
+        merged.append(group | (found or {}) | own)
     return merged
 
 

@@ -1,7 +1,7 @@
 """The state of model and optimizer under the parameters' names, as checkpoints hold it.
 
     {"model": {name: tensor}, "optimizer": {"state": {name: {"step": ..., ...}},
-                                            "param_groups": [{"params": [names], "lr": ...}]}}
+                                            "param_groups": [{"params": [names], ...}]}}
 
 It is the form of `torch.distributed.checkpoint.state_dict.get_state_dict`. That function
 itself steps an optimizer without state, hooks and all, and its counterpart drops the state of
@@ -48,8 +48,9 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     own = torch.optim.Optimizer.state_dict(optimizer)
     by_id = dict(zip(_ids(own["param_groups"]), chain.from_iterable(names), strict=True))
     state = {by_id[i]: entry for i, entry in own["state"].items()}
+    # Whoever reads it with a state dict that has `param_names` wants them to be there.
     groups = [
-        {key: value for key, value in group.items() if key != "param_names"} | {"params": list(n)}
+        group | {"params": list(n), "param_names": list(n)}
         for group, n in zip(own["param_groups"], names, strict=True)
     ]
     return {"model": tensors, "optimizer": {"state": state, "param_groups": groups}}
@@ -58,13 +59,13 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 def optimizer_state_dict(named: dict[str, Any]) -> dict[str, Any]:
     """`{"state", "param_groups"}` by name as `Optimizer.load_state_dict` takes it: by number."""
     numbers = {n: i for i, n in enumerate(_ids(named["param_groups"]))}
-    return {
-        "state": {numbers[name]: entry for name, entry in named["state"].items()},
-        "param_groups": [
-            group | {"params": [numbers[name] for name in group["params"]]}
-            for group in named["param_groups"]
-        ],
-    }
+    groups = []
+    for group in named["param_groups"]:
+        numbered = group | {"params": [numbers[name] for name in group["params"]]}
+        del numbered["param_names"]  # the optimizer keeps its own, if it has any
+        groups.append(numbered)
+    state = {numbers[name]: entry for name, entry in named["state"].items()}
+    return {"state": state, "param_groups": groups}
 
 
 def named_groups(
