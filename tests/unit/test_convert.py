@@ -56,6 +56,9 @@ def test_without_param_names_flattened_groups_are_told_by_their_values(tmp_path,
     save_dcp(tmp_path / "dcp", *build(named=named), FLAT)
     convert(tmp_path / "dcp", tmp_path / "file.pt", "torch")
     go_on(load_torch(tmp_path / "file.pt"))
+    groups = torch.load(tmp_path / "file.pt", weights_only=True)["optimizer"]["param_groups"]
+    names = [name for name, _ in Zoo().named_parameters()]
+    assert [group["param_names"] for group in groups] == [names[::2], names[1::2]]
 
 
 @flattened
