@@ -78,19 +78,26 @@ def eager_(
     )
 
 
-def eager_flat_(entry: Entry, group: Mapping[str, Any]) -> None:
-    """`eager_` on flat tensors [numel], in pieces whose temporaries fit the cache."""
+def eager_flat_(entry: Entry, group: Mapping[str, Any], inverse_scale: float = 1.0) -> None:
+    """`eager_` on flat tensors [numel], in pieces whose temporaries fit the cache.
+
+    Args:
+        inverse_scale: what the gradients are multiplied by first, in place.
+    """
+    if inverse_scale != 1.0:
+        entry[1].mul_(inverse_scale)
     params, grads, square_avgs, acc_deltas = (t.split(_EAGER_PIECE_NUMEL) for t in entry)
     step = torch.zeros((), device=entry[0].device if group["capturable"] else "cpu")
     eager_(params, grads, square_avgs, acc_deltas, [step] * len(params), group)
 
 
-def fused_(entries: Iterable[Entry], group: Mapping[str, Any]) -> None:
+def fused_(entries: Iterable[Entry], group: Mapping[str, Any], inverse_scale: float = 1.0) -> None:
     """One fused step of each entry.
 
     Args:
         entries: contiguous one-dimensional tensors, of one floating dtype an entry.
         group: a parameter group of the optimizer. A Tensor `lr` stays on its device.
+        inverse_scale: what the gradients are to be multiplied by.
 
     Raises:
         RuntimeError: no compiler is found.
@@ -99,11 +106,11 @@ def fused_(entries: Iterable[Entry], group: Mapping[str, Any]) -> None:
     for entry in entries:
         param = entry[0]
         if param.numel() < 2:  # a size of one would compile a kernel of its own
-            eager_flat_(entry, group)
+            eager_flat_(entry, group, inverse_scale)
             continue
         compute = _compute_dtype(param.dtype)
         if compute not in scalars:
-            scalars[compute] = _scalars(group, compute)
+            scalars[compute] = _scalars(group, compute, inverse_scale)
         kernel = _kernel(param.device.type, param.dtype)
         with torch.no_grad():
             kernel(*(tensor.detach() for tensor in entry), *scalars[compute])
@@ -202,7 +209,9 @@ def _formula(
     param.copy_(x - lr * d)
 
 
-def _scalars(group: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _scalars(
+    group: Mapping[str, Any], dtype: torch.dtype, inverse_scale: float
+) -> tuple[Tensor, ...]:
     """The hyperparameters as 0-dim tensors: as Python numbers each new one would recompile."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
@@ -210,7 +219,7 @@ def _scalars(group: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]
     else:
         lr = torch.tensor(lr, dtype=dtype)
     rho = group["rho"]
-    sign = -1.0 if group["maximize"] else 1.0
+    sign = -inverse_scale if group["maximize"] else inverse_scale
     rest = (rho, 1 - rho, group["eps"], group["weight_decay"], sign)
     return lr, *(torch.tensor(float(value), dtype=dtype) for value in rest)
 
@@ -234,7 +243,7 @@ def _kernel(device_type: str, dtype: torch.dtype) -> Callable[..., None]:
     group = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0, "maximize": False}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
-        compiled(*scratch, *_scalars(group, _compute_dtype(dtype)))
+        compiled(*scratch, *_scalars(group, _compute_dtype(dtype), 1.0))
     return compiled
 
 

@@ -1,4 +1,4 @@
-"""`ShardPolicy`: how a `ShardedAdadelta` communicates."""
+"""`ShardPolicy`: how a `ShardedAdadelta` communicates, and what it guards against."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,11 +14,14 @@ class ShardPolicy:
         overlap: start reductions during backward, from gradient hooks.
         gradients: "local": each rank has its own, and the optimizer averages them;
             "averaged": they are equal on all ranks already (DistributedDataParallel).
+        skip_nonfinite: skip a step, on all ranks, whose averaged gradients have an inf or
+            NaN (`optimizer.skipped_steps` counts them). All reductions are waited for first.
     """
 
     bucket_mb: float = 25.0
     overlap: bool = True
     gradients: Literal["local", "averaged"] = "local"
+    skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.bucket_mb < float("inf"):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import collectives, fingerprint, functional, state
+from . import collectives, fingerprint, functional, scaling, state
 from .agreement import agreement
 from .buckets import make_buckets
 from .clipping import clip_shards_
@@ -43,7 +43,11 @@ class ShardedAdadelta(StateDicts):
 
     Collective: construction, `step`, `clip_grad_norm_`, `add_param_group`,
     `load_state_dict`, `gather_state_dict`, `scatter_state_dict`, `consolidate_state_dict` and
-    `copy.deepcopy` are called on every rank.
+    `copy.deepcopy` are called on every rank. So is `step` of a `torch.amp.GradScaler`: what
+    overflows on one rank is skipped on all, and their scales stay equal.
+
+    Attributes:
+        skipped_steps: how many steps were skipped because a gradient was not finite.
 
     Raises:
         ValueError, TypeError: as torch; parameters that share memory.
@@ -68,6 +72,8 @@ class ShardedAdadelta(StateDicts):
     ) -> None:
         group = collectives.join(process_group)
         with agreement(group, "ShardedAdadelta") as mine:
+            if differentiable and policy.skip_nonfinite:
+                raise ValueError("skip_nonfinite=True does not support differentiable=True")
             if differentiable and group.world_size > 1:
                 raise NotImplementedError(
                     f"differentiable=True at world size {group.world_size}: gradients through the "
@@ -178,6 +184,7 @@ class ShardedAdadelta(StateDicts):
         self._shards = []
         self._params: list[list[Tensor]] = []
         self._reducer = GradientReducer(group, overlap=policy.overlap)
+        self.skipped_steps = 0
         # So that GradScaler comes to `step`, rather than deciding on each rank by itself.
         self._step_supports_amp_scaling = group.world_size > 1
         self._consolidated = None
@@ -209,25 +216,45 @@ class ShardedAdadelta(StateDicts):
         fused: list[bool] = []
         error: Exception | None = None
         try:
-            self._refuse_grad_scaler()
             for group, flat in zip(self.param_groups, self._flat_params(), strict=False):
                 functional.check_capturable(group, flat)
                 fused.append(functional.use_fused(group, flat))
             state.reclaim(self._shards, self.state)
         except Exception as raised:
             error = raised
-        self._reduce("step", error)
+        inverse_scale = scaling.inverse_scale(self)
+        self._reduce(f"step of gradients times {inverse_scale}", error)
+        if self._is_to_be_skipped():
+            self.skipped_steps += 1
+        else:
+            self._step_shards(fused, inverse_scale)
+        self._reducer.reset()
+
+    def _is_to_be_skipped(self) -> bool:
+        """Whether a gradient is not finite, where anybody asks for that. Collective."""
+        if not (self._policy.skip_nonfinite or scaling.is_scaled(self)):
+            return False
+        for shard in self._shards:
+            shard.bucket.wait()
+        grads = [shard.bucket.grad_shard for shard in self._shards]
+        found = scaling.any_nonfinite(self._group, grads, self)
+        scaling.tell_scaler(self, found)
+        return found
+
+    def _step_shards(self, fused: list[bool], inverse_scale: float) -> None:
+        """Update what this rank owns, bucket by bucket, and gather the rest. Collective."""
         gathers = []
         for shard in self._shards:
             shard.bucket.wait()
             if any(shard.bucket.present):
                 g = shard.bucket.group_index
-                state.step_(shard, self.param_groups[g], fused=fused[g])
+                state.step_(
+                    shard, self.param_groups[g], fused=fused[g], inverse_scale=inverse_scale
+                )
                 gathers.append((shard.bucket, shard.bucket.gather()))
         for bucket, gather in gathers:
             gather.wait()
             torch.autograd.graph.increment_version(bucket.params)
-        self._reducer.reset()
 
     def _reduce(self, what: str, error: Exception | None) -> None:
         """Have all gradients averaged, or raise on every rank. Collective.
@@ -253,13 +280,6 @@ class ShardedAdadelta(StateDicts):
             raise RuntimeError(
                 "param_groups have other parameters than ShardedAdadelta was built with. Use "
                 "add_param_group, or build a new optimizer and load the state."
-            )
-
-    def _refuse_grad_scaler(self) -> None:
-        if self._group.world_size > 1 and getattr(self, "found_inf", None) is not None:
-            raise RuntimeError(
-                f"torch.amp.GradScaler at world size {self._group.world_size}: an overflow on one "
-                "rank would be seen there alone. Use bfloat16 autocast, which needs no scaler."
             )
 
     def _flat_params(self) -> list[list[Tensor]]:

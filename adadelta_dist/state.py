@@ -171,8 +171,14 @@ def scatter_all(
                 state[p] = {**shard.entries[i]}
 
 
-def step_(shard: ShardState, group: dict[str, Any], *, fused: bool) -> None:
-    """Update what this rank owns of one bucket, where a gradient is present."""
+def step_(
+    shard: ShardState, group: dict[str, Any], *, fused: bool, inverse_scale: float = 1.0
+) -> None:
+    """Update what this rank owns of one bucket, where a gradient is present.
+
+    Args:
+        inverse_scale: what the gradients are to be multiplied by.
+    """
     bucket = shard.bucket
     flats = (bucket.own_param, bucket.grad_shard, *shard.accumulators)
     for run in bucket.own_runs():
@@ -180,9 +186,9 @@ def step_(shard: ShardState, group: dict[str, Any], *, fused: bool) -> None:
         param, grad, square_avg, acc_delta = pieces
         entry = (param, grad, square_avg, acc_delta)
         if fused:
-            fused_([entry], group)
+            fused_([entry], group, inverse_scale)
         else:
-            eager_flat_(entry, group)
+            eager_flat_(entry, group, inverse_scale)
     shard.steps.add_(torch.tensor(bucket.present, dtype=shard.steps.dtype).to(shard.steps.device))
 
 

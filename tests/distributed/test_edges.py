@@ -236,20 +236,6 @@ def test_loading_and_adding_groups_between_backward_and_step(pool):
     assert_close(first, values(module))
 
 
-def grad_scaler(rank):
-    module = model(torch.float32)
-    optimizer = ShardedAdadelta(module.parameters())
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(loss_of(module, batch(rank, 0, torch.float32))).backward()
-    return failure(lambda: scaler.step(optimizer))[:2]
-
-
-def test_grad_scaler_is_refused_with_the_remedy(pool):
-    for kind, message in pool(2).run(grad_scaler):
-        assert kind == "RuntimeError"
-        assert "bfloat16" in message
-
-
 def built_alone(rank, pickled):
     """An optimizer of one process that comes into a job of two."""
     optimizer = pickle.loads(pickled)

@@ -185,6 +185,20 @@ def test_fused_takes_many_entries_of_several_dtypes_and_skips_empty_ones():
         assert all(map(torch.equal, (param, square_avg, acc_delta), want))
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    "step", [functional.eager_flat_, lambda e, *rest: functional.fused_([e], *rest)]
+)
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "maximize": True}])
+def test_a_step_of_scaled_gradients(step, options):
+    param, grad, *rest = entry(50)
+    scaled, plain = copied((param, 1024 * grad, *rest)), copied((param, grad, *rest))
+    with torch.no_grad():
+        step(scaled, DEFAULTS | options, 1 / 1024)
+        step(plain, DEFAULTS | options)
+    assert all(torch.equal(scaled[i], plain[i]) for i in (0, 2, 3))
+
+
 CHANGES = [{"lr": 0.5}, {"lr": 1}, {"lr": torch.tensor(0.5)}, {"lr": torch.tensor([0.5])}]
 CHANGES += [{"rho": 0.8}, {"eps": 1e-8}, {"weight_decay": 0.1}, {"maximize": True}]
 

@@ -32,6 +32,7 @@ ORDER = [
     "collectives",
     "agreement",
     "clipping",
+    "scaling",
     "buckets",
     "state",
     "state_dicts",

@@ -13,6 +13,7 @@ def test_the_defaults_are_those_of_the_documentation():
         "bucket_mb": 25.0,
         "overlap": True,
         "gradients": "local",
+        "skip_nonfinite": False,
     }
 
 

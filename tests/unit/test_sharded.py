@@ -264,3 +264,10 @@ def test_schedulers_change_the_step_as_with_torch(schedule):
             scheduler.step(*([1.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
     assert sharded.param_groups[0]["lr"] == plain.param_groups[0]["lr"] < 1
     assert_equal(values(ours), values(theirs))
+
+
+def test_a_differentiable_step_cannot_be_skipped():
+    with pytest.raises(ValueError, match="skip_nonfinite=True does not support"):
+        ShardedAdadelta(
+            model().parameters(), differentiable=True, policy=ShardPolicy(skip_nonfinite=True)
+        )
