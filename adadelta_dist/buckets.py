@@ -19,6 +19,7 @@ from .collectives import Group, Pending
 from .layout import Bucket, Interval, ParamSpec, plan_layout, storage_order
 from .memory import flatten, unflatten
 from .policy import ShardPolicy
+from .precision import precision_of
 
 
 class FlatBucket:
@@ -29,12 +30,14 @@ class FlatBucket:
         group: the ranks that share it.
         params: the parameters of the slots, in order; their data move into the bucket.
         names: how to call them in messages.
-        averaged: gradients come averaged already, and only this rank's shard is kept.
+        policy: of the optimizer. Where gradients come averaged already, only this rank's
+            shard of them is kept.
 
     Attributes:
         flat_param: [numel], all parameters of the bucket.
         group_index: of the parameter group that they belong to.
-        grad_shard: [shard_numel], the averaged gradients that this rank owns.
+        grad_shard: [shard_numel], the averaged gradients that this rank owns; float32 where
+            parameters are half precision, but with one rank, where it is `flat_grad`.
         present: by slot, whether any rank had a gradient at the last reduction.
     """
 
@@ -44,15 +47,16 @@ class FlatBucket:
         group: Group,
         params: Sequence[Tensor],
         names: Sequence[str],
-        *,
-        averaged: bool,
+        policy: ShardPolicy,
     ) -> None:
         self.plan, self.group = plan, group
         self.params, self.names = list(params), list(names)
         self.orders = [storage_order(p.shape, p.stride()) for p in params]
-        self.flat_param = self._empty(plan.numel)
-        self.flat_grad = None if averaged else self._empty(plan.numel)
-        self.grad_shard = self._empty(plan.shard_numel)
+        self.precision = precision_of(policy, self.params[0].dtype)
+        averaged = policy.gradients == "averaged"
+        self.flat_param = self._zeros(plan.numel)
+        self.flat_grad = None if averaged else self._zeros(plan.numel)
+        self.grad_shard = self._zeros(plan.shard_numel, self.precision.compute)
         if group.world_size == 1 and self.flat_grad is not None:
             self.grad_shard = self.flat_grad
         self.group_index: int = plan.kind[0]
@@ -152,7 +156,8 @@ class FlatBucket:
         flat = self.flat_grad
         if flat is not None:
             self._checksum = _checksum(flat) if in_backward else None
-            self._pending.append(collectives.reduce_scatter(self.group, flat, self.grad_shard))
+            wire = flat.to(self.precision.reduce)  # itself where that is its dtype
+            self._pending.append(collectives.reduce_scatter(self.group, wire, self.grad_shard))
             self._version = flat._version
 
     def expect(self) -> None:
@@ -170,7 +175,7 @@ class FlatBucket:
 
     def gather(self) -> Pending:
         """Start giving every rank the parameters that the others own. Collective."""
-        return collectives.all_gather(self.group, self.flat_param)
+        return collectives.all_gather(self.group, self.flat_param, self.precision.gather)
 
     def is_current(self) -> bool:
         """Whether the gradients are still those that were launched."""
@@ -239,9 +244,9 @@ class FlatBucket:
         at = self.plan.place(self.plan.slots[i], self.group.rank)
         return self.grad_shard[at.start : at.stop]
 
-    def _empty(self, numel: int) -> Tensor:
+    def _zeros(self, numel: int, dtype: torch.dtype | None = None) -> Tensor:
         first = self.params[0]
-        return torch.zeros(numel, dtype=first.dtype.to_real(), device=first.device)
+        return torch.zeros(numel, dtype=dtype or first.dtype.to_real(), device=first.device)
 
 
 def _is_set_to(grad: Tensor | None, place: Tensor) -> bool:
@@ -279,12 +284,11 @@ def make_buckets(
     # With one rank there is nothing to send, and one bucket is one kernel call.
     alone = group.world_size == 1
     bucket_bytes = sys.maxsize if alone else int(policy.bucket_mb * 2**20)
-    averaged = policy.gradients == "averaged"
     buckets = []
     for plan in plan_layout(specs, group.world_size, bucket_bytes):
         indices = [slot.param for slot in plan.slots]
         of_bucket = [params[i] for i in indices], [names[i] for i in indices]
-        buckets.append(FlatBucket(plan, group, *of_bucket, averaged=averaged))
+        buckets.append(FlatBucket(plan, group, *of_bucket, policy))
     return buckets
 
 

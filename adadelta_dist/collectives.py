@@ -173,15 +173,16 @@ def reduce_scatter(group: Group, flat: Tensor, shard: Tensor) -> Pending:
 
     Args:
         flat: [world_size * shard_numel], this rank's gradients; read until `wait()`.
-        shard: [shard_numel], the result; may be `flat` itself with one rank.
+        shard: [shard_numel], the result, of any dtype; may be `flat` itself with one rank.
     """
     if group.world_size == 1:
         return Pending()
     if not group.is_pairwise(flat.device):
+        out = shard if shard.dtype == flat.dtype else torch.empty_like(shard, dtype=flat.dtype)
         work = _native_reduce_scatter(
-            shard, flat, op=dist.ReduceOp.AVG, group=group.process_group, async_op=True
+            out, flat, op=dist.ReduceOp.AVG, group=group.process_group, async_op=True
         )
-        return Pending((work,))
+        return Pending((work,), lambda: None if out is shard else _copy(shard, out))
     rows = flat.view(group.world_size, -1)
     received = torch.empty(
         (group.world_size - 1, shard.numel()), dtype=flat.dtype, device=flat.device
@@ -200,13 +201,20 @@ def reduce_scatter(group: Group, flat: Tensor, shard: Tensor) -> Pending:
     return Pending(tuple(works), average)
 
 
-def all_gather(group: Group, flat: Tensor) -> Pending:
+def all_gather(group: Group, flat: Tensor, wire_dtype: torch.dtype | None = None) -> Pending:
     """Give every rank all shards. Collective.
 
     Args:
         flat: [world_size * shard_numel]; this rank's shard of it is sent, the others
             are overwritten.
+        wire_dtype: in which it travels; all of `flat` is rounded to it, on one rank too.
     """
+    if wire_dtype not in (None, flat.dtype):
+        wire = torch.empty_like(flat, dtype=wire_dtype)
+        own = group.rank
+        wire.view(group.world_size, -1)[own].copy_(flat.view(group.world_size, -1)[own])
+        pending = all_gather(group, wire)
+        return Pending(pending.works, lambda: _copy(flat, wire))
     if group.world_size == 1:
         return Pending()
     rows = flat.view(group.world_size, -1)
@@ -299,15 +307,20 @@ def all_gather_object(group: Group, mine: Any) -> list[Any]:
 
 def _average(rows: Sequence[Tensor], out: Tensor) -> None:
     """Mean of equal-sized rows, summed in the given order; half precision in fp32."""
-    if out.element_size() >= 4:
+    dtype = torch.promote_types(torch.promote_types(rows[0].dtype, out.dtype), torch.float32)
+    if rows[0].dtype == out.dtype == dtype:
         total = torch.add(rows[0], rows[1], out=out)
     else:
-        total = rows[0].float().add_(rows[1])
+        total = rows[0].to(dtype).add_(rows[1])
     for row in rows[2:]:
         total.add_(row)
     total.div_(len(rows))
     if total is not out:
         out.copy_(total)
+
+
+def _copy(to: Tensor, source: Tensor) -> None:
+    to.copy_(source)
 
 
 def _around(group: Group, distance: int) -> tuple[int, int]:

@@ -39,7 +39,8 @@ compilation are never earned back."""
 
 FUSED_DEVICES = ["cpu", "cuda"]
 
-_EAGER_PIECE_NUMEL = 2**17
+EAGER_PIECE_NUMEL = 2**17
+"""Elements whose temporaries fit a CPU's cache."""
 
 Entry = tuple[Tensor, Tensor, Tensor, Tensor]
 """A parameter, its gradient, `square_avg` and `acc_delta`."""
@@ -86,7 +87,7 @@ def eager_flat_(entry: Entry, group: Mapping[str, Any], inverse_scale: float = 1
     """
     if inverse_scale != 1.0:
         entry[1].mul_(inverse_scale)
-    params, grads, square_avgs, acc_deltas = (t.split(_EAGER_PIECE_NUMEL) for t in entry)
+    params, grads, square_avgs, acc_deltas = (t.split(EAGER_PIECE_NUMEL) for t in entry)
     step = torch.zeros((), device=entry[0].device if group["capturable"] else "cpu")
     eager_(params, grads, square_avgs, acc_deltas, [step] * len(params), group)
 
@@ -108,7 +109,7 @@ def fused_(entries: Iterable[Entry], group: Mapping[str, Any], inverse_scale: fl
         if param.numel() < 2:  # a size of one would compile a kernel of its own
             eager_flat_(entry, group, inverse_scale)
             continue
-        compute = _compute_dtype(param.dtype)
+        compute = compute_dtype(param.dtype)
         if compute not in scalars:
             scalars[compute] = _scalars(group, compute, inverse_scale)
         kernel = _kernel(param.device.type, param.dtype)
@@ -196,7 +197,7 @@ def _formula(
     weight_decay: Tensor,
     sign: Tensor,
 ) -> None:
-    compute = _compute_dtype(param.dtype)
+    compute = compute_dtype(param.dtype)
     x, g, v, u = (t.to(compute) for t in (param, grad, square_avg, acc_delta))
     g = sign * g
     # Where, not a plain sum: without weight decay an infinite parameter leaves g alone.
@@ -224,7 +225,8 @@ def _scalars(
     return lr, *(torch.tensor(float(value), dtype=dtype) for value in rest)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a fused step of this dtype computes."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -243,7 +245,7 @@ def _kernel(device_type: str, dtype: torch.dtype) -> Callable[..., None]:
     group = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0, "maximize": False}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
-        compiled(*scratch, *_scalars(group, _compute_dtype(dtype), 1.0))
+        compiled(*scratch, *_scalars(group, compute_dtype(dtype), 1.0))
     return compiled
 
 

@@ -1,12 +1,17 @@
-"""`ShardPolicy`: how a `ShardedAdadelta` communicates, and what it guards against."""
+"""`ShardPolicy`: how a `ShardedAdadelta` communicates, rounds, and what it guards against."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+_WIRE_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class ShardPolicy:
-    """How `ShardedAdadelta` communicates; equal on every rank.
+    """How `ShardedAdadelta` communicates and rounds; equal on every rank.
 
     Args:
         bucket_mb: a bucket takes parameters until it holds this much, in MiB; it is what
@@ -16,15 +21,52 @@ class ShardPolicy:
             "averaged": they are equal on all ranks already (DistributedDataParallel).
         skip_nonfinite: skip a step, on all ranks, whose averaged gradients have an inf or
             NaN (`optimizer.skipped_steps` counts them). All reductions are waited for first.
+        master_weights: keep fp32 masters of half-precision parameters, and exact masters of
+            those that `gather_dtype` rounds: each rank its shard. None: unless
+            `stochastic_rounding`.
+        stochastic_rounding: round bfloat16 parameters without masters to either neighbour,
+            right on average; else to the nearest, where small updates are lost.
+        state_dtype: of the accumulators. None: float32 (float64 for float64 parameters).
+            bfloat16 is half of that, rounded stochastically.
+        reduce_dtype: in which gradients travel; they are summed in fp32 on gloo. None: the
+            parameters' own.
+        gather_dtype: in which updated parameters travel, narrower than their own: their
+            values are rounded to it on every rank. None: the parameters' own.
     """
 
     bucket_mb: float = 25.0
     overlap: bool = True
     gradients: Literal["local", "averaged"] = "local"
     skip_nonfinite: bool = False
+    master_weights: bool | None = None
+    stochastic_rounding: bool = False
+    state_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    gather_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.bucket_mb < float("inf"):
             raise ValueError(f"bucket_mb must be positive and finite, got {self.bucket_mb}")
         if self.gradients not in ("local", "averaged"):
             raise ValueError(f"gradients must be 'local' or 'averaged', got {self.gradients!r}")
+        if self.master_weights and self.stochastic_rounding:
+            raise ValueError(
+                "master_weights=True with stochastic_rounding=True: masters make it needless. "
+                "Choose one."
+            )
+        for name, wanted in {
+            "state_dtype": _STATE_DTYPES,
+            "reduce_dtype": _WIRE_DTYPES,
+            "gather_dtype": _WIRE_DTYPES,
+        }.items():
+            if getattr(self, name) not in wanted:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(str, wanted))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+
+    @property
+    def keeps_masters(self) -> bool:
+        """Whether parameters that are rounded have masters."""
+        chosen = self.master_weights
+        return not self.stochastic_rounding if chosen is None else chosen

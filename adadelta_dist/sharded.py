@@ -18,7 +18,9 @@ from .clipping import clip_shards_
 from .collectives import Group
 from .memory import check_memory
 from .policy import ShardPolicy
+from .precision import check_precision
 from .reducer import GradientReducer
+from .shard_step import step_
 from .state_dicts import StateDicts
 
 
@@ -192,6 +194,7 @@ class ShardedAdadelta(StateDicts):
     def _check_params(self) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
         check_memory(params)
+        check_precision(self._policy, params)
         collectives.check_devices(self._group, params)
 
     def _install(self, first_group: int) -> None:
@@ -248,9 +251,8 @@ class ShardedAdadelta(StateDicts):
             shard.bucket.wait()
             if any(shard.bucket.present):
                 g = shard.bucket.group_index
-                state.step_(
-                    shard, self.param_groups[g], fused=fused[g], inverse_scale=inverse_scale
-                )
+                group = self.param_groups[g]
+                step_(shard, group, fused=fused[g], inverse_scale=inverse_scale)
                 gathers.append((shard.bucket, shard.bucket.gather()))
         for bucket, gather in gathers:
             gather.wait()
@@ -283,8 +285,11 @@ class ShardedAdadelta(StateDicts):
             )
 
     def _flat_params(self) -> list[list[Tensor]]:
-        """The buckets of each group."""
+        """By group, what is stepped of each bucket on all ranks together."""
         flats: list[list[Tensor]] = [[] for _ in self.param_groups]
-        for bucket in (shard.bucket for shard in self._shards):
-            flats[bucket.group_index].append(bucket.typed(bucket.flat_param))
+        for shard in self._shards:
+            bucket, stepped = shard.bucket, shard.bucket.typed(shard.bucket.flat_param)
+            if not shard.is_exact:  # pieces of another dtype
+                stepped = stepped.new_empty((), dtype=bucket.precision.compute).expand_as(stepped)
+            flats[bucket.group_index].append(stepped)
         return flats

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -15,11 +15,14 @@ from . import collectives, fingerprint
 from .adadelta import check_values
 from .buckets import FlatBucket
 from .flat_slice import FlatSlice
-from .functional import ACCUMULATORS, eager_flat_, fused_
+from .functional import ACCUMULATORS
 from .layout import Interval
 from .memory import flatten, unflatten
 
 State = MutableMapping[Tensor, dict[str, Any]]
+
+MASTER = "master"
+"""Name, beside the accumulators', of what half-precision parameters are rounded from."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class ShardState:
     Args:
         bucket: the bucket it belongs to.
         accumulators: [shard_numel] each, in the order of `ACCUMULATORS`.
+        master: [shard_numel], the parameters before rounding, or None where nothing is
+            rounded (`Precision.has_master`).
+        generator: of stochastic rounding, or None.
         steps: [slots], how often each parameter was updated.
         entries: by slot, what `optimizer.state[p]` holds: views into the tensors above,
             in the parameter's shape with one rank, `FlatSlice` with more.
@@ -36,25 +42,40 @@ class ShardState:
 
     bucket: FlatBucket
     accumulators: tuple[Tensor, ...]
+    master: Tensor | None
+    generator: torch.Generator | None
     steps: Tensor
     entries: tuple[dict[str, Tensor], ...]
 
+    @property
+    def flats(self) -> dict[str, Tensor]:
+        """What is kept of each element, by name."""
+        flats = dict(zip(ACCUMULATORS, self.accumulators, strict=True))
+        return flats if self.master is None else flats | {MASTER: self.master}
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all is stored in the dtype of the arithmetic."""
+        precision, stored = self.bucket.precision, self.bucket.flat_param.dtype
+        return self.master is None and precision.compute == precision.state == stored
+
 
 def allocate(bucket: FlatBucket, *, capturable: bool) -> ShardState:
-    """Zeros for one bucket."""
-    shard = bucket.own_param
+    """Zeros for one bucket, and masters that equal the parameters."""
+    shard, precision = bucket.own_param, bucket.precision
     device = shard.device if capturable else torch.device("cpu")
     steps = torch.zeros(len(bucket.params), dtype=_get_scalar_dtype(), device=device)
-    accumulators = tuple(torch.zeros_like(shard) for _ in ACCUMULATORS)
+    accumulators = tuple(torch.zeros_like(shard, dtype=precision.state) for _ in ACCUMULATORS)
+    # A copy: with one rank `to` would give the parameters themselves.
+    master = shard.to(precision.compute, copy=True) if precision.has_master else None
+    rounds = precision.stochastic or precision.state == torch.bfloat16
+    generator = torch.Generator(shard.device) if rounds else None
+    state = ShardState(bucket, accumulators, master, generator, steps, ())
     entries = tuple(
-        {"step": steps[i]}
-        | {
-            name: _view(bucket, i, flat)
-            for name, flat in zip(ACCUMULATORS, accumulators, strict=True)
-        }
+        {"step": steps[i]} | {name: _view(bucket, i, flat) for name, flat in state.flats.items()}
         for i in range(len(bucket.params))
     )
-    return ShardState(bucket, accumulators, steps, entries)
+    return replace(state, entries=entries)
 
 
 def reclaim(shards: Sequence[ShardState], state: State) -> None:
@@ -78,16 +99,23 @@ def check(shard: ShardState, i: int, values: Mapping[str, Any]) -> None:
     """Whether `adopt` can take these values for slot `i`.
 
     Raises:
-        ValueError: state of another optimizer, or of a tensor of another shape or slice.
+        ValueError: state of another optimizer, or of a tensor of another shape or slice;
+            masters that would be dropped.
     """
     name, entry = shard.bucket.names[i], shard.entries[i]
-    missing = [key for key in entry if key not in values]
+    if MASTER in values and MASTER not in entry:
+        raise ValueError(
+            f"state of {name} has a {MASTER!r}, the exact parameter, and this optimizer keeps none "
+            f"(parameters of {shard.bucket.params[i].dtype}, policy.master_weights): it would be "
+            f"dropped. Write it into the parameter, or delete {MASTER!r} from the state dict."
+        )
+    missing = [key for key in entry if key not in values and key != MASTER]
     if values and missing:
         raise ValueError(
             f"state of {name} holds {sorted(values)}, but Adadelta's is {list(entry)}: it was "
             "saved by another optimizer, or is incomplete"
         )
-    for key in ACCUMULATORS:
+    for key in shard.flats:
         value, view = values.get(key, entry[key]), entry[key]
         if not isinstance(value, Tensor) or value.shape != view.shape:
             raise ValueError(
@@ -112,7 +140,8 @@ def check_all(shards: Sequence[ShardState], values: Mapping[Tensor, Any]) -> lis
         for i, (name, p) in enumerate(zip(shard.bucket.names, shard.bucket.params, strict=True)):
             loaded = values.get(p, {})
             check(shard, i, loaded)
-            facts.append(f"{name}: step {fingerprint.plain(loaded.get('step', 0))}")
+            step = fingerprint.plain(loaded.get("step", 0))
+            facts.append(f"{name}: step {step}" + ", with a master" * (MASTER in loaded))
     return facts
 
 
@@ -139,12 +168,17 @@ def adopt_all(shards: Sequence[ShardState], values: Mapping[Tensor, Any], state:
 
 
 def adopt(shard: ShardState, i: int, values: Mapping[str, Any], state: State) -> None:
-    """Copy checked values (none: zeros) into the views of slot `i`, and put those in `state`."""
+    """Copy checked values into the views of slot `i`, and put those in `state`.
+
+    Without values accumulators become zero, and masters what the parameters are.
+    """
     p, entry = shard.bucket.params[i], shard.entries[i]
     with torch.no_grad():
         entry["step"].fill_(float(values.get("step", 0)))
-        for key in ACCUMULATORS:
+        for key in shard.flats:
             _copy(shard.bucket, i, values.get(key), entry[key])
+        if MASTER not in values:
+            _rebuild_master(shard, i)
     extras = {key: value for key, value in values.items() if key not in entry}
     state[p] = {**entry, **extras}
 
@@ -154,42 +188,21 @@ def scatter_all(
 ) -> None:
     """Give every rank its slices of the checked values that `src` has (none: zeros). Collective."""
     known = [
-        float(values[p]["step"]) if values.get(p) else None
+        (float(values[p]["step"]), MASTER in values[p]) if values.get(p) else None
         for shard in shards
         for p in shard.bucket.params
     ]
     group = shards[0].bucket.group
-    steps = iter(collectives.all_gather_object(group, known)[src])
+    told = iter(collectives.all_gather_object(group, known)[src])
     for shard in shards:
         for i, p in enumerate(shard.bucket.params):
-            step = next(steps)
-            if step is None:
-                adopt(shard, i, {}, state)
-            else:
+            theirs = next(told)
+            adopt(shard, i, {}, state)
+            if theirs is not None:
+                step, has_master = theirs
                 shard.entries[i]["step"].fill_(step)
-                _scatter(shard, i, values.get(p), src)
-                state[p] = {**shard.entries[i]}
-
-
-def step_(
-    shard: ShardState, group: dict[str, Any], *, fused: bool, inverse_scale: float = 1.0
-) -> None:
-    """Update what this rank owns of one bucket, where a gradient is present.
-
-    Args:
-        inverse_scale: what the gradients are to be multiplied by.
-    """
-    bucket = shard.bucket
-    flats = (bucket.own_param, bucket.grad_shard, *shard.accumulators)
-    for run in bucket.own_runs():
-        pieces = (bucket.typed(flat[run.start : run.stop]) for flat in flats)
-        param, grad, square_avg, acc_delta = pieces
-        entry = (param, grad, square_avg, acc_delta)
-        if fused:
-            fused_([entry], group, inverse_scale)
-        else:
-            eager_flat_(entry, group, inverse_scale)
-    shard.steps.add_(torch.tensor(bucket.present, dtype=shard.steps.dtype).to(shard.steps.device))
+                names = [name for name in shard.flats if has_master or name != MASTER]
+                _scatter(shard, i, names, values.get(p), src)
 
 
 def match(
@@ -227,25 +240,39 @@ def gather(shard: ShardState, i: int, dst: int) -> dict[str, Tensor] | None:
     numels = [bucket.plan.slice(slot, rank).numel for rank in range(bucket.group.world_size)]
     place = bucket.plan.place(slot, bucket.group.rank)
     entry = {"step": shard.steps[i].cpu().clone()}
-    for name, flat in zip(ACCUMULATORS, shard.accumulators, strict=True):
+    for name, flat in shard.flats.items():
         whole = collectives.gather_slices(bucket.group, flat[place.start : place.stop], numels, dst)
         if whole is not None:
             entry[name] = unflatten(whole, bucket.params[i], bucket.orders[i])
     return entry if bucket.group.rank == dst else None
 
 
-def _scatter(shard: ShardState, i: int, values: Mapping[str, Tensor] | None, src: int) -> None:
-    """The inverse of `gather` for the accumulators of slot `i`, `values` on `src`. Collective."""
+def _scatter(
+    shard: ShardState,
+    i: int,
+    names: Sequence[str],
+    values: Mapping[str, Tensor] | None,
+    src: int,
+) -> None:
+    """The inverse of `gather` for what slot `i` keeps, `values` on `src`. Collective."""
     bucket, slot = shard.bucket, shard.bucket.plan.slots[i]
     numels = [bucket.plan.slice(slot, rank).numel for rank in range(bucket.group.world_size)]
     place = bucket.plan.place(slot, bucket.group.rank)
-    for name, flat in zip(ACCUMULATORS, shard.accumulators, strict=True):
-        whole = None
+    for name in names:
+        whole, flat = None, shard.flats[name]
         if values is not None:
             value = values[name].detach().to(shard.entries[i][name].dtype)
             whole = flatten(value, bucket.orders[i])
         own = flat[place.start : place.stop]
         collectives.scatter_slices(bucket.group, whole, own, numels, src)
+
+
+def _rebuild_master(shard: ShardState, i: int) -> None:
+    if shard.master is not None:
+        bucket = shard.bucket
+        place = bucket.plan.place(bucket.plan.slots[i], bucket.group.rank)
+        own = slice(place.start, place.stop)
+        shard.master[own].copy_(bucket.own_param[own])
 
 
 def _values(entries: Iterable[dict[str, Any]]) -> list[Any]:

@@ -53,7 +53,7 @@ class Zoo(nn.Module):
         self.transposed = nn.Parameter(param(4, 3, 5).detach().permute(2, 0, 1))
         self.image = nn.Parameter(param(2, 3, 4, 5).detach().to(memory_format=torch.channels_last))
         self.scalar, self.none = param(), param(0, 3)
-        self.brain = param(6, 5, dtype=torch.bfloat16)
+        self.wide = param(6, 5, dtype=torch.float64)
         self.complex = nn.Parameter(param(4, 5, dtype=torch.complex64).detach().t())
         self.frozen = param(3, 3).requires_grad_(False)
 
@@ -231,7 +231,7 @@ def refusals(rank, path):
         dcp.async_save({"optim": named}, storage_writer=dcp.FileSystemWriter(path))
     dcp.save({"w": named["state"]["matrix"]["square_avg"]}, checkpoint_id=path)
     with pytest.raises(dcp.api.CheckpointException, match="Size mismatch"):
-        dcp.load({"w": named["state"]["brain"]["square_avg"]}, checkpoint_id=path)
+        dcp.load({"w": named["state"]["wide"]["square_avg"]}, checkpoint_id=path)
     optimizer.consolidate_state_dict()  # until the next step, rank 0 gives the whole
     with pytest.raises(dcp.api.CheckpointException, match="overlapping chunks"):
         dcp.save({"optim": optimizer}, checkpoint_id=path / "again")

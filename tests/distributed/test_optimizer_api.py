@@ -181,27 +181,6 @@ def test_a_compiled_model(pool):
         torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-6)
 
 
-def half_precision(rank, dtype):
-    p = nn.Parameter(torch.linspace(-2, 2, 50).to(dtype))
-    optimizer = ShardedAdadelta([p], policy=SMALL_BUCKETS)
-    for step in range(3):
-        optimizer.zero_grad()
-        (p * (rank + step + 1)).sum().backward()
-        optimizer.step()
-    return p.detach().clone()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_parameters_step_as_torchs(pool, dtype):
-    p = nn.Parameter(torch.linspace(-2, 2, 50).to(dtype))
-    optimizer = torch.optim.Adadelta([p])
-    for step in range(3):
-        p.grad = torch.full_like(p, 1.5 + step)
-        optimizer.step()
-    for got in pool(2).run(half_precision, dtype):
-        assert torch.equal(got, p)
-
-
 def autocast(rank):
     module = model(torch.float32)
     optimizer = ShardedAdadelta(module.parameters(), policy=SMALL_BUCKETS)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import distribute_tensor
 
+from adadelta_dist import ShardPolicy
 from adadelta_dist.buckets import FlatBucket
 from adadelta_dist.collectives import Group
 from adadelta_dist.layout import ParamSpec, plan_layout, storage_order
@@ -30,7 +31,9 @@ def bucket_of(*tensors, averaged=False):
     (plan,) = plan_layout(specs, 1, 2**30)
     ordered = [params[slot.param] for slot in plan.slots]
     names = [f"p{slot.param}" for slot in plan.slots]
-    bucket = FlatBucket(plan, Group(), ordered, names, averaged=averaged)
+    bucket = FlatBucket(
+        plan, Group(), ordered, names, ShardPolicy(gradients="averaged" if averaged else "local")
+    )
     bucket.reset()
     return bucket, params
 

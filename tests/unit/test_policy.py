@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+import torch
 
 from adadelta_dist import ShardPolicy
 
@@ -14,6 +15,11 @@ def test_the_defaults_are_those_of_the_documentation():
         "overlap": True,
         "gradients": "local",
         "skip_nonfinite": False,
+        "master_weights": None,
+        "stochastic_rounding": False,
+        "state_dtype": None,
+        "reduce_dtype": None,
+        "gather_dtype": None,
     }
 
 
@@ -26,6 +32,25 @@ def test_a_bucket_size_that_is_not_positive_is_refused_with_its_value(bucket_mb)
 def test_an_unknown_kind_of_gradients_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="must be 'local' or 'averaged', got 'mean'"):
         ShardPolicy(gradients="mean")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("state_dtype", torch.float16),  # which cannot hold the squares of small gradients
+        ("state_dtype", torch.float64),
+        ("reduce_dtype", torch.int8),
+        ("gather_dtype", "bfloat16"),
+    ],
+)
+def test_a_dtype_that_does_not_serve_is_refused_with_the_choices(name, dtype):
+    with pytest.raises(ValueError, match=f"{name} must be one of None, .*torch.bfloat16.*, got "):
+        ShardPolicy(**{name: dtype})
+
+
+def test_masters_and_stochastic_rounding_exclude_each_other():
+    with pytest.raises(ValueError, match="Choose one"):
+        ShardPolicy(master_weights=True, stochastic_rounding=True)
 
 
 def test_a_policy_is_frozen_and_compares_by_value():

@@ -271,3 +271,20 @@ def test_a_differentiable_step_cannot_be_skipped():
         ShardedAdadelta(
             model().parameters(), differentiable=True, policy=ShardPolicy(skip_nonfinite=True)
         )
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_take_the_fused_step_of_fp32(dtype):
+    ours, exact = model().to(dtype), model().to(dtype).float()
+    sharded = ShardedAdadelta(ours.parameters(), fused=True)
+    single = ShardedAdadelta(exact.parameters(), fused=True)
+    for step in range(3):
+        for i, (p, x) in enumerate(zip(ours.parameters(), exact.parameters(), strict=True)):
+            grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            p.grad, x.grad = grad.to(dtype), grad.to(dtype).float()
+        sharded.step()
+        single.step()
+    assert_equal(values(ours), [x.to(dtype) for x in values(exact)])
+    masters = [sharded.state[p]["master"] for p in ours.parameters()]
+    assert_equal(masters, values(exact))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from trajectory import assert_equal, message_of, parameters, train
 
-from adadelta_dist import ShardedAdadelta, state
+from adadelta_dist import ShardedAdadelta, ShardPolicy, state
 from adadelta_dist.buckets import FlatBucket
 from adadelta_dist.collectives import Group
 from adadelta_dist.functional import ACCUMULATORS
@@ -21,8 +21,9 @@ def shard_of(*shapes, dtype=torch.float32, world_size=1, rank=0):
     (plan,) = plan_layout(
         [ParamSpec(p.numel(), dtype.itemsize, (0,)) for p in params], world_size, 99
     )
+    policy = ShardPolicy(gradients="averaged")
     bucket = FlatBucket(
-        plan, Group(None, rank, world_size), params[::-1], NAMES[-len(params) :], averaged=True
+        plan, Group(None, rank, world_size), params[::-1], NAMES[-len(params) :], policy
     )
     return state.allocate(bucket, capturable=False)
 

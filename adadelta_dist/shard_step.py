@@ -1,0 +1,77 @@
+"""The step on what one rank owns of a bucket, and the rounding where less is stored."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .agreement import digest
+from .functional import EAGER_PIECE_NUMEL, Entry, eager_flat_, fused_
+from .layout import Interval
+from .rounding import round_stochastically_
+from .state import ShardState
+
+_DEVICE_PIECE_NUMEL = 2**24
+"""An accelerator has no cache to fit, but memory for temporaries to save."""
+
+
+def step_(
+    shard: ShardState, group: dict[str, Any], *, fused: bool, inverse_scale: float = 1.0
+) -> None:
+    """Update what this rank owns of one bucket, where a gradient is present.
+
+    Args:
+        inverse_scale: what the gradients are to be multiplied by.
+    """
+    bucket = shard.bucket
+    if shard.generator is not None:  # so that a run that is resumed rounds as it would have
+        facts = [bucket.names[0], str(bucket.group.rank), str(shard.steps.max().item())]
+        shard.generator.manual_seed(int.from_bytes(digest(facts)[1:], "big"))
+    flats = (bucket.own_param, bucket.grad_shard, *shard.accumulators)
+    for run in bucket.own_runs():
+        if shard.is_exact:
+            pieces = (bucket.typed(flat[run.start : run.stop]) for flat in flats)
+            param, grad, square_avg, acc_delta = pieces
+            _step_entry_((param, grad, square_avg, acc_delta), group, fused, inverse_scale)
+            continue
+        for piece in _pieces(run, bucket.own_param.device):
+            _step_rounded_(shard, piece, group, fused, inverse_scale)
+    shard.steps.add_(torch.tensor(bucket.present, dtype=shard.steps.dtype).to(shard.steps.device))
+
+
+def _step_rounded_(
+    shard: ShardState, piece: slice, group: dict[str, Any], fused: bool, inverse_scale: float
+) -> None:
+    """One piece in the dtype of the arithmetic; then what is stored in less is rounded."""
+    precision, param = shard.bucket.precision, shard.bucket.own_param[piece]
+    stored = [param, *(flat[piece] for flat in shard.accumulators)]
+    if shard.master is not None:
+        stored[0] = master = shard.master[piece]
+        # What somebody has written into the parameter since the last step counts.
+        kept = param == master.to(precision.gather).to(param.dtype)
+        master.copy_(torch.where(kept, master, param.to(master.dtype)))
+    exact = [tensor.to(precision.compute) for tensor in stored]  # itself where it is exact
+    grad = shard.bucket.grad_shard[piece].to(precision.compute)
+    _step_entry_((exact[0], grad, exact[1], exact[2]), group, fused, inverse_scale)
+    for tensor, value in zip(stored, exact, strict=True):
+        is_param = tensor is param
+        if tensor.dtype == torch.bfloat16 and (precision.stochastic or not is_param):
+            assert shard.generator is not None
+            round_stochastically_(tensor, value, shard.generator)
+        elif tensor is not value:
+            tensor.copy_(value)
+    if shard.master is not None:
+        param.copy_(exact[0].to(precision.gather))
+
+
+def _step_entry_(entry: Entry, group: dict[str, Any], fused: bool, inverse_scale: float) -> None:
+    if fused:
+        fused_([entry], group, inverse_scale)
+    else:
+        eager_flat_(entry, group, inverse_scale)
+
+
+def _pieces(run: Interval, device: torch.device) -> Iterator[slice]:
+    numel = EAGER_PIECE_NUMEL if device.type == "cpu" else _DEVICE_PIECE_NUMEL
+    for start in range(run.start, run.stop, numel):
+        yield slice(start, min(start + numel, run.stop))
