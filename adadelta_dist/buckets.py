@@ -53,9 +53,10 @@ class FlatBucket:
         self.params, self.names = list(params), list(names)
         self.orders = [storage_order(p.shape, p.stride()) for p in params]
         self.precision = precision_of(policy, self.params[0].dtype)
-        averaged = policy.gradients == "averaged"
+        self.is_hooked = policy.gradients == "local"
         self.flat_param = self._zeros(plan.numel)
-        self.flat_grad = None if averaged else self._zeros(plan.numel)
+        keeps_gradients = policy.gradients == "local" and policy.stage == 1
+        self.flat_grad = self._zeros(plan.numel) if keeps_gradients else None
         self.grad_shard = self._zeros(plan.shard_numel, self.precision.compute)
         if group.world_size == 1 and self.flat_grad is not None:
             self.grad_shard = self.flat_grad
@@ -156,9 +157,18 @@ class FlatBucket:
         flat = self.flat_grad
         if flat is not None:
             self._checksum = _checksum(flat) if in_backward else None
-            wire = flat.to(self.precision.reduce)  # itself where that is its dtype
-            self._pending.append(collectives.reduce_scatter(self.group, wire, self.grad_shard))
+            self._pending.append(self.start_reduction(flat, self.grad_shard))
             self._version = flat._version
+
+    def start_reduction(self, flat: Tensor, average: Tensor) -> Pending:
+        """Start averaging the gradients `flat` into this rank's shard of them. Collective."""
+        if self.group.world_size > 1:
+            flat = flat.to(self.precision.reduce)  # itself where that is its dtype
+        return collectives.reduce_scatter(self.group, flat, average)
+
+    def has_gradients(self) -> list[bool]:
+        """By slot, whether this rank has a gradient."""
+        return [p.grad is not None and p.grad.layout == torch.strided for p in self.params]
 
     def expect(self) -> None:
         """Count the gradients that this backward can make (parameters may freeze and thaw)."""
@@ -271,7 +281,11 @@ def _checksum(flat: Tensor) -> Tensor:
 
 
 def make_buckets(
-    param_groups: Sequence[Mapping[str, Any]], first: int, group: Group, policy: ShardPolicy
+    param_groups: Sequence[Mapping[str, Any]],
+    first: int,
+    group: Group,
+    policy: ShardPolicy,
+    kind: type[FlatBucket] = FlatBucket,
 ) -> list[FlatBucket]:
     """Move the parameters of the parameter groups from index `first` on into buckets."""
     params, names, specs = [], [], []
@@ -288,7 +302,7 @@ def make_buckets(
     for plan in plan_layout(specs, group.world_size, bucket_bytes):
         indices = [slot.param for slot in plan.slots]
         of_bucket = [params[i] for i in indices], [names[i] for i in indices]
-        buckets.append(FlatBucket(plan, group, *of_bucket, policy))
+        buckets.append(kind(plan, group, *of_bucket, policy))
     return buckets
 
 

@@ -176,6 +176,8 @@ def reduce_scatter(group: Group, flat: Tensor, shard: Tensor) -> Pending:
         shard: [shard_numel], the result, of any dtype; may be `flat` itself with one rank.
     """
     if group.world_size == 1:
+        if shard is not flat:
+            shard.copy_(flat)
         return Pending()
     if not group.is_pairwise(flat.device):
         out = shard if shard.dtype == flat.dtype else torch.empty_like(shard, dtype=flat.dtype)

@@ -19,6 +19,9 @@ class ShardPolicy:
         overlap: start reductions during backward, from gradient hooks.
         gradients: "local": each rank has its own, and the optimizer averages them;
             "averaged": they are equal on all ranks already (DistributedDataParallel).
+        stage: of ZeRO. 1: whole gradients stay in `p.grad`; 2: each is freed once its
+            bucket is reduced, during backward. `p.grad` is None then, micro-batches add up
+            in the shard (`optimizer.grad_shard`), and `step` and `zero_grad` empty it.
         skip_nonfinite: skip a step, on all ranks, whose averaged gradients have an inf or
             NaN (`optimizer.skipped_steps` counts them). All reductions are waited for first.
         master_weights: keep fp32 masters of half-precision parameters, and exact masters of
@@ -37,6 +40,7 @@ class ShardPolicy:
     bucket_mb: float = 25.0
     overlap: bool = True
     gradients: Literal["local", "averaged"] = "local"
+    stage: Literal[1, 2] = 1
     skip_nonfinite: bool = False
     master_weights: bool | None = None
     stochastic_rounding: bool = False
@@ -49,6 +53,14 @@ class ShardPolicy:
             raise ValueError(f"bucket_mb must be positive and finite, got {self.bucket_mb}")
         if self.gradients not in ("local", "averaged"):
             raise ValueError(f"gradients must be 'local' or 'averaged', got {self.gradients!r}")
+        if self.stage not in (1, 2):
+            raise ValueError(f"stage must be 1 or 2, got {self.stage!r}")
+        if self.stage == 2 and (self.gradients == "averaged" or not self.overlap):
+            raise ValueError(
+                f"stage=2 with gradients={self.gradients!r}, overlap={self.overlap}: it averages "
+                "gradients itself, during backward, and frees them. Use gradients='local' (without "
+                "DistributedDataParallel) and overlap=True, or stage=1."
+            )
         if self.master_weights and self.stochastic_rounding:
             raise ValueError(
                 "master_weights=True with stochastic_rounding=True: masters make it needless. "

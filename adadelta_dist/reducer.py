@@ -71,12 +71,7 @@ class GradientReducer:
             RuntimeError: a parameter was moved, or a gradient is sparse. The ranks that
                 are well raise `RankError`.
         """
-        for bucket in self.buckets:
-            try:
-                bucket.reclaim_params()
-                bucket.check_grads()
-            except RuntimeError as raised:
-                error = error or raised
+        error = self._check(error)
         edited = [bucket.launched and not bucket.is_current() for bucket in self.buckets]
         by_hand = any(
             changed and not bucket.accumulating  # by the user, that is, not by a backward
@@ -96,6 +91,10 @@ class GradientReducer:
         for bucket in compress(self.buckets, again):
             bucket.launch()
 
+    def discard(self) -> None:
+        """Gradients are zeroed: forget what was done with them."""
+        self.clipped = False
+
     def reset(self) -> None:
         """Begin a new iteration, after a step."""
         self._next, self._counted, self.clipped = 0, False, False
@@ -104,15 +103,21 @@ class GradientReducer:
         self._hook_params()
         self._warn_of_edits()  # last: where warnings are errors, it must not stop half-way
 
+    def _check(self, error: Exception | None) -> Exception | None:
+        """The first error, if a parameter was moved or a gradient is sparse."""
+        for bucket in self.buckets:
+            try:
+                bucket.reclaim_params()
+                bucket.check_grads()
+            except RuntimeError as raised:
+                error = error or raised
+        return error
+
     def _agree(
         self, edits: list[bool], facts: Sequence[str], error: Exception | None
     ) -> list[bool]:
         """Learn which edits and which gradients any rank has, in one message."""
-        here = [
-            p.grad is not None and p.grad.layout == torch.strided
-            for bucket in self.buckets
-            for p in bucket.params
-        ]
+        here = [has for bucket in self.buckets for has in bucket.has_gradients()]
         # Equal on all ranks if and only if the maximum of the digest and the maximum of
         # its complement still add up to 255, byte by byte.
         digest = agreement.digest(facts)
@@ -165,7 +170,7 @@ class GradientReducer:
         """Hook parameters that require gradients by now (some may have been frozen)."""
         me = weakref.ref(self)
         for b, bucket in enumerate(self.buckets):
-            if bucket.flat_grad is None:
+            if not bucket.is_hooked:
                 continue
             for i, p in enumerate(bucket.params):
                 if p.requires_grad and p.is_leaf and not self._hooked[b][i]:

@@ -7,7 +7,8 @@ which every rank's gradients have gone into, and the scaler hears what all ranks
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,10 +25,34 @@ def is_scaled(optimizer: Optimizer) -> bool:
     return getattr(optimizer, "found_inf", None) is not None
 
 
+def check_unscaled(optimizer: Optimizer, stage: int) -> None:
+    """Refuse to take gradients for unscaled that `unscale_` did not see.
+
+    Raises:
+        RuntimeError: they are in shards.
+    """
+    if stage == 2 and is_scaled(optimizer) and getattr(optimizer, "grad_scale", None) is None:
+        raise RuntimeError(
+            "scaler.unscale_(optimizer) at stage 2 finds no gradients in p.grad. Leave it out; to "
+            "clip, call optimizer.clip_grad_norm_(max_norm * scaler.get_scale())."
+        )
+
+
 def inverse_scale(optimizer: Optimizer) -> float:
     """What to multiply gradients by: 1 without a scaler and after `unscale_`."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else 1.0 / float(scale)
+
+
+@contextmanager
+def forgotten_on_error(optimizer: Optimizer) -> Iterator[None]:
+    """Where a step fails torch leaves its two attributes, and the next step would go by them."""
+    try:
+        yield
+    except Exception:
+        for name in ("grad_scale", "found_inf"):
+            optimizer.__dict__.pop(name, None)
+        raise
 
 
 def any_nonfinite(group: Group, shards: Sequence[Tensor], optimizer: Optimizer) -> bool:

@@ -1,9 +1,6 @@
 """`ShardedAdadelta`: the optimizer that each rank builds, and that shards its state."""
 
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
@@ -13,18 +10,18 @@ from torch.optim.optimizer import ParamsT
 
 from . import collectives, fingerprint, functional, scaling, state
 from .agreement import agreement
-from .buckets import make_buckets
-from .clipping import clip_shards_
+from .buckets import FlatBucket, make_buckets
 from .collectives import Group
+from .grad_sharding import FreedBucket, ShardingReducer
+from .gradients import ShardedGradients
 from .memory import check_memory
 from .policy import ShardPolicy
 from .precision import check_precision
 from .reducer import GradientReducer
 from .shard_step import step_
-from .state_dicts import StateDicts
 
 
-class ShardedAdadelta(StateDicts):
+class ShardedAdadelta(ShardedGradients):
     """`torch.optim.Adadelta` with its accumulators sharded over the ranks (ZeRO stage 1).
 
     Build it on every rank, last, with the same arguments; then train as with any
@@ -74,8 +71,11 @@ class ShardedAdadelta(StateDicts):
     ) -> None:
         group = collectives.join(process_group)
         with agreement(group, "ShardedAdadelta") as mine:
-            if differentiable and policy.skip_nonfinite:
-                raise ValueError("skip_nonfinite=True does not support differentiable=True")
+            if differentiable and (policy.skip_nonfinite or policy.stage == 2):
+                raise ValueError(
+                    f"differentiable=True with skip_nonfinite={policy.skip_nonfinite}, "
+                    f"stage={policy.stage}: it needs whole gradients, and to take every step"
+                )
             if differentiable and group.world_size > 1:
                 raise NotImplementedError(
                     f"differentiable=True at world size {group.world_size}: gradients through the "
@@ -116,54 +116,6 @@ class ShardedAdadelta(StateDicts):
         self._consolidated = None
         self._install(count)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; what was clipped is forgotten with the gradients."""
-        super().zero_grad(set_to_none)
-        self._reducer.clipped = False
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Within it, backward accumulates local gradients and sends nothing."""
-        return self._reducer.no_sync() if self._installed else nullcontext()
-
-    def clip_grad_norm_(
-        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
-    ) -> Tensor:
-        """Scale the averaged gradients so that their norm is at most `max_norm`. Collective.
-
-        As `torch.nn.utils.clip_grad_norm_` in one process. With more than one rank only
-        the averaged shards are scaled; `p.grad` stays the local gradient.
-
-        Args:
-            max_norm: the largest norm to allow.
-            norm_type: p > 0, or infinity.
-            error_if_nonfinite: raise if the norm is NaN or infinite.
-
-        Returns:
-            The global norm before clipping, a 0-dim tensor, equal on every rank.
-
-        Raises:
-            ValueError: `norm_type` is not positive.
-            RuntimeError: the norm is not finite and `error_if_nonfinite`.
-        """
-        error = None
-        if not norm_type > 0:
-            error = ValueError(f"norm_type must be positive or infinity, got {norm_type}")
-        if self._group.world_size == 1:
-            if error is not None:
-                raise error
-            params = [p for g in self.param_groups for p in g["params"]]
-            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
-        self._reducer.clipped = False  # an earlier clip, whose step was skipped
-        self._reduce(f"clip_grad_norm_({max_norm}, {norm_type}, {error_if_nonfinite})", error)
-        self._reducer.clipped = True
-        buckets = [shard.bucket for shard in self._shards]
-        for bucket in buckets:
-            bucket.wait()
-        grads = [bucket.typed(bucket.grad_shard) for bucket in buckets]
-        return clip_shards_(
-            self._group, grads, max_norm, norm_type, error_if_nonfinite=error_if_nonfinite
-        )
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedAdadelta":
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
@@ -185,10 +137,14 @@ class ShardedAdadelta(StateDicts):
         self._installed = False  # stays so with `differentiable`, where all is as in torch
         self._shards = []
         self._params: list[list[Tensor]] = []
-        self._reducer = GradientReducer(group, overlap=policy.overlap)
+        self._reducer = (
+            GradientReducer(group, overlap=policy.overlap)
+            if policy.stage == 1
+            else ShardingReducer(group)
+        )
         self.skipped_steps = 0
-        # So that GradScaler comes to `step`, rather than deciding on each rank by itself.
-        self._step_supports_amp_scaling = group.world_size > 1
+        # So that GradScaler comes to `step`, rather than deciding by this rank's `p.grad`.
+        self._step_supports_amp_scaling = group.world_size > 1 or policy.stage == 2
         self._consolidated = None
 
     def _check_params(self) -> None:
@@ -202,7 +158,8 @@ class ShardedAdadelta(StateDicts):
         if not self._installed:
             self._group = collectives.open_channel(self._group)
         self._params.extend(list(g["params"]) for g in self.param_groups[first_group:])
-        new = make_buckets(self.param_groups, first_group, self._group, self._policy)
+        kind = FlatBucket if self._policy.stage == 1 else FreedBucket
+        new = make_buckets(self.param_groups, first_group, self._group, self._policy, kind)
         for bucket in new:
             collectives.broadcast(self._group, bucket.flat_param)
             capturable = self.param_groups[bucket.group_index]["capturable"]
@@ -219,6 +176,7 @@ class ShardedAdadelta(StateDicts):
         fused: list[bool] = []
         error: Exception | None = None
         try:
+            scaling.check_unscaled(self, stage=self._policy.stage)
             for group, flat in zip(self.param_groups, self._flat_params(), strict=False):
                 functional.check_capturable(group, flat)
                 fused.append(functional.use_fused(group, flat))
@@ -226,11 +184,12 @@ class ShardedAdadelta(StateDicts):
         except Exception as raised:
             error = raised
         inverse_scale = scaling.inverse_scale(self)
-        self._reduce(f"step of gradients times {inverse_scale}", error)
-        if self._is_to_be_skipped():
-            self.skipped_steps += 1
-        else:
-            self._step_shards(fused, inverse_scale)
+        with scaling.forgotten_on_error(self):
+            self._reduce(f"step of gradients times {inverse_scale}", error)
+            if self._is_to_be_skipped():
+                self.skipped_steps += 1
+            else:
+                self._step_shards(fused, inverse_scale)
         self._reducer.reset()
 
     def _is_to_be_skipped(self) -> bool:
@@ -257,32 +216,6 @@ class ShardedAdadelta(StateDicts):
         for bucket, gather in gathers:
             gather.wait()
             torch.autograd.graph.increment_version(bucket.params)
-
-    def _reduce(self, what: str, error: Exception | None) -> None:
-        """Have all gradients averaged, or raise on every rank. Collective.
-
-        Args:
-            what: the call, which must be the same on every rank.
-            error: what went wrong on this rank already.
-        """
-        collectives.check_alone(self._group)
-        facts = [what]
-        try:
-            self._check_groups()
-            facts += fingerprint.hyperparameters(self.param_groups)
-        except Exception as raised:
-            error = raised  # it explains whatever went wrong before
-        self._reducer.reduce(facts, error)
-
-    def _check_groups(self) -> None:
-        now = [group["params"] for group in self.param_groups]
-        if list(map(len, now)) != list(map(len, self._params)) or not all(
-            map(is_, chain.from_iterable(now), chain.from_iterable(self._params))
-        ):
-            raise RuntimeError(
-                "param_groups have other parameters than ShardedAdadelta was built with. Use "
-                "add_param_group, or build a new optimizer and load the state."
-            )
 
     def _flat_params(self) -> list[list[Tensor]]:
         """By group, what is stepped of each bucket on all ranks together."""

@@ -72,7 +72,7 @@ def allocate(bucket: FlatBucket, *, capturable: bool) -> ShardState:
     generator = torch.Generator(shard.device) if rounds else None
     state = ShardState(bucket, accumulators, master, generator, steps, ())
     entries = tuple(
-        {"step": steps[i]} | {name: _view(bucket, i, flat) for name, flat in state.flats.items()}
+        {"step": steps[i]} | {name: view(bucket, i, flat) for name, flat in state.flats.items()}
         for i in range(len(bucket.params))
     )
     return replace(state, entries=entries)
@@ -279,7 +279,8 @@ def _values(entries: Iterable[dict[str, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, entries)))
 
 
-def _view(bucket: FlatBucket, i: int, flat: Tensor) -> Tensor:
+def view(bucket: FlatBucket, i: int, flat: Tensor) -> Tensor:
+    """Slot `i` of a tensor [shard_numel]: with more ranks the `FlatSlice` that is in it."""
     p, order, slot = bucket.params[i], bucket.orders[i], bucket.plan.slots[i]
     place = bucket.plan.place(slot, bucket.group.rank)
     local = flat[place.start : place.stop]

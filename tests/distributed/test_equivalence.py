@@ -33,12 +33,15 @@ def cases(draw: st.DrawFn, world_size: int) -> Case:
     count = sum(len(group.shapes) for group in drawn)
     flags = st.tuples(*[st.booleans()] * count)
     present = st.lists(st.tuples(*[flags] * world_size), min_size=1, max_size=4).map(tuple)
+    stage = draw(st.sampled_from([1, 2]))
     return Case(
         drawn,
         draw(present),
         draw(options) | {"foreach": draw(st.sampled_from([None, False, True])), "fused": False},
         ShardPolicy(
-            bucket_mb=draw(st.sampled_from([1e-6, 1e-4, 25.0])), overlap=draw(st.booleans())
+            bucket_mb=draw(st.sampled_from([1e-6, 1e-4, 25.0])),
+            overlap=stage == 2 or draw(st.booleans()),
+            stage=stage,
         ),
         by_hand=draw(st.booleans()),
     )

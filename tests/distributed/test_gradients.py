@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from adadelta_dist import ShardedAdadelta, ShardPolicy
 
 SMALL_BUCKETS = ShardPolicy(bucket_mb=1e-4)
+STAGE_2 = ShardPolicy(bucket_mb=1e-4, stage=2)
+stages = pytest.mark.parametrize("policy", [SMALL_BUCKETS, STAGE_2], ids=["stage 1", "stage 2"])
 
 
 def model(dtype=torch.float64):
@@ -65,7 +67,9 @@ def accumulate(rank, sync_each, policy):
     return values(module)
 
 
-@pytest.mark.parametrize("policy", [SMALL_BUCKETS, ShardPolicy(), ShardPolicy(overlap=False)])
+@pytest.mark.parametrize(
+    "policy", [SMALL_BUCKETS, ShardPolicy(), ShardPolicy(overlap=False), STAGE_2]
+)
 @pytest.mark.parametrize("sync_each", [False, True])
 def test_accumulation_with_and_without_no_sync(pool, sync_each, policy):
     for got in pool(2).run(accumulate, sync_each, policy):
@@ -239,8 +243,9 @@ def clip(rank, norm_type, policy):
     return values(module), norms
 
 
+@stages
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.5, float("inf")])
-def test_clipping_by_the_global_norm(pool, norm_type):
+def test_clipping_by_the_global_norm(pool, norm_type, policy):
     norms = []
 
     def clip_all(params):
@@ -248,7 +253,7 @@ def test_clipping_by_the_global_norm(pool, norm_type):
 
     want = reference(3, 3, edit=clip_all)
     assert max(norms) > 0.05
-    for got, got_norms in pool(3).run(clip, norm_type, SMALL_BUCKETS):
+    for got, got_norms in pool(3).run(clip, norm_type, policy):
         assert got_norms == pytest.approx(norms, rel=1e-12)
         assert_close(got, want)
 
@@ -303,11 +308,11 @@ def test_frozen_parameters_thaw(pool):
         assert launched[2:] == [True, True]  # hooked, so overlapped, from the second step on
 
 
-def train_with_unused_layers(rank):
+def train_with_unused_layers(rank, policy):
     """Each rank uses another subset: hooks fire for other buckets on each rank."""
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6)).double()
-    optimizer = ShardedAdadelta(layers.parameters(), policy=ShardPolicy(bucket_mb=1e-5))
+    optimizer = ShardedAdadelta(layers.parameters(), policy=policy)
     for step in range(6):
         optimizer.zero_grad()
         inputs = batch(rank, step)[:, :4]
@@ -318,15 +323,18 @@ def train_with_unused_layers(rank):
     return values(layers)
 
 
-def test_ranks_that_use_other_layers_neither_hang_nor_diverge(pool):
-    results = pool(4).run(train_with_unused_layers)
+@stages
+def test_ranks_that_use_other_layers_neither_hang_nor_diverge(pool, policy):
+    results = pool(4).run(train_with_unused_layers, policy)
+    alike = pool(4).run(train_with_unused_layers, ShardPolicy(overlap=False))
+    assert all(map(torch.equal, results[0], alike[0]))
     for got in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(got, results[0], strict=True))
 
 
-def sparse_gradient(rank):
+def sparse_gradient(rank, policy):
     embedding = nn.Embedding(5, 3, sparse=rank == 1)
-    optimizer = ShardedAdadelta(embedding.parameters())
+    optimizer = ShardedAdadelta(embedding.parameters(), policy=policy)
     before = values(embedding)
     embedding(torch.tensor([1, 2])).sum().backward()
     try:
@@ -335,18 +343,19 @@ def sparse_gradient(rank):
         return str(error), torch.equal(before[0], embedding.weight)
 
 
-def test_a_sparse_gradient_is_an_error_on_every_rank(pool):
-    other, own = pool(2).run(sparse_gradient)
+@stages
+def test_a_sparse_gradient_is_an_error_on_every_rank(pool, policy):
+    other, own = pool(2).run(sparse_gradient, policy)
     assert own == ("Adadelta does not support sparse gradients", True)
     assert "rank 1 failed with RuntimeError: Adadelta does not support sparse" in other[0]
     assert other[1]
 
 
-def dropped_in_flight(rank):
+def dropped_in_flight(rank, policy):
     """An optimizer that vanishes with reductions in flight must not disturb the next."""
     module = model()
     for seed in range(3):
-        optimizer = ShardedAdadelta(module.parameters(), policy=SMALL_BUCKETS)
+        optimizer = ShardedAdadelta(module.parameters(), policy=policy)
         inputs = batch(rank, seed)
         if rank == 0:  # rank 1 launches less
             loss_of(module, inputs).backward()
@@ -356,12 +365,13 @@ def dropped_in_flight(rank):
         module.zero_grad()
     dist.barrier()
     module.load_state_dict(model().state_dict())
-    optimizer = ShardedAdadelta(module.parameters(), policy=SMALL_BUCKETS)
+    optimizer = ShardedAdadelta(module.parameters(), policy=policy)
     loss_of(module, batch(rank, 0)).backward()
     optimizer.step()
     return values(module)
 
 
-def test_an_optimizer_may_vanish_in_mid_iteration(pool):
-    for got in pool(2).run(dropped_in_flight):
+@stages
+def test_an_optimizer_may_vanish_in_mid_iteration(pool, policy):
+    for got in pool(2).run(dropped_in_flight, policy):
         assert_close(got, reference(2, 1))

@@ -79,14 +79,20 @@ def control(world_size):
     return history
 
 
+POLICIES = {
+    "overlap": ShardPolicy(bucket_mb=1e-5),
+    "no overlap": ShardPolicy(bucket_mb=1e-5, overlap=False),
+    "stage 2": ShardPolicy(bucket_mb=1e-5, stage=2),
+}
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("overlap", [True, False])
-def test_all_ranks_skip_and_their_scales_are_one_process_s(pool, world_size, overlap):
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_all_ranks_skip_and_their_scales_are_one_process_s(pool, world_size, policy):
     wanted = control(world_size)
     scales = [scale for _, scale in wanted]
     assert scales[INF_AT] < scales[INF_AT - 1], "the control must skip"
     assert scales[HUGE_AT] < scales[HUGE_AT - 1]
-    policy = ShardPolicy(bucket_mb=1e-5, overlap=overlap)
     for history, skipped in pool(world_size).run(train, policy, False):
         assert [scale for _, scale in history] == scales
         assert skipped == 2

@@ -14,6 +14,7 @@ def test_the_defaults_are_those_of_the_documentation():
         "bucket_mb": 25.0,
         "overlap": True,
         "gradients": "local",
+        "stage": 1,
         "skip_nonfinite": False,
         "master_weights": None,
         "stochastic_rounding": False,
@@ -46,6 +47,17 @@ def test_an_unknown_kind_of_gradients_is_refused_with_the_choices():
 def test_a_dtype_that_does_not_serve_is_refused_with_the_choices(name, dtype):
     with pytest.raises(ValueError, match=f"{name} must be one of None, .*torch.bfloat16.*, got "):
         ShardPolicy(**{name: dtype})
+
+
+def test_an_unknown_stage_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="stage must be 1 or 2, got 3"):
+        ShardPolicy(stage=3)
+
+
+@pytest.mark.parametrize("options", [{"gradients": "averaged"}, {"overlap": False}])
+def test_stage_2_reduces_gradients_itself_during_backward(options):
+    with pytest.raises(ValueError, match=r"stage=2 with .* or stage=1"):
+        ShardPolicy(stage=2, **options)
 
 
 def test_masters_and_stochastic_rounding_exclude_each_other():
