@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from . import collectives
-from .collectives import Group
+from .groups import Group
 
 
 def digest(facts: Sequence[str]) -> bytes:
@@ -46,7 +46,7 @@ def agreement(group: Group, what: str) -> Iterator[Agreement]:
         quoted = None if error is None else f"{type(error).__name__}: {error}"
         message = _disagreement(group, what, quoted, mine.facts)
         if message and error is None:
-            raise RankError(f"{message} (raised on every rank; this is rank {group.rank})")
+            raise RankError(f"{message} (raised on every rank; this is rank {group.number})")
     if error is not None:
         raise error
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import collectives, fingerprint
-from .collectives import Group, Pending
+from .collectives import Pending
+from .groups import Group
 from .layout import Bucket, Interval, ParamSpec, plan_layout, storage_order
 from .memory import flatten, unflatten
 from .policy import ShardPolicy
@@ -74,6 +75,7 @@ class FlatBucket:
         self._is_zero = [True] * len(params)
         self._seen: list[Tensor | None] = []
         self._seen_versions: list[int] = []
+        self._is_local = False  # `grad_shard` holds what the replicas have not seen
         self._version = -1
         self._checksum: Tensor | None = None
         self._pending: list[Pending] = []
@@ -146,7 +148,7 @@ class FlatBucket:
             in_backward: the user may still change gradients before the step, perhaps through
                 `.data` or numpy, which no version counter sees: keep a checksum.
         """
-        self.wait()
+        self._wait_for_shard()
         self._seen = [p.grad for p in self.params]
         if self._places and all(map(_is_set_to, self._seen, self._places)):
             self._seen_versions = [-1] * len(self._seen)
@@ -162,6 +164,7 @@ class FlatBucket:
 
     def start_reduction(self, flat: Tensor, average: Tensor) -> Pending:
         """Start averaging the gradients `flat` into this rank's shard of them. Collective."""
+        self._is_local = True
         if self.group.world_size > 1:
             flat = flat.to(self.precision.reduce)  # itself where that is its dtype
         return collectives.reduce_scatter(self.group, flat, average)
@@ -179,7 +182,14 @@ class FlatBucket:
         return len(self.ready) == self.expected
 
     def wait(self) -> None:
-        """Return when `grad_shard` holds the averaged gradients."""
+        """Return when `grad_shard` holds the averaged gradients. Collective with replicas."""
+        self._wait_for_shard()
+        if self._is_local:
+            self._is_local = False
+            collectives.average_replicas(self.group, self.grad_shard)
+
+    def _wait_for_shard(self) -> None:
+        """Return when `grad_shard` holds the average over the ranks of this replica."""
         while self._pending:
             self._pending.pop().wait()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import collectives
-from .collectives import Group
+from .groups import Group
 
 
 def clip_shards_(
@@ -54,5 +54,5 @@ def global_norm(group: Group, shards: Sequence[Tensor], norm_type: float) -> Ten
     ]
     norms = torch.stack([zero, *(norm.to("cpu", torch.float64) for norm in by_shard)])
     if norm_type == float("inf"):
-        return collectives.combine(group, norms.max(), "max")
-    return collectives.combine(group, (norms**norm_type).sum(), "sum") ** (1 / norm_type)
+        return collectives.combine(group.sharding, norms.max(), "max")
+    return collectives.combine(group.sharding, (norms**norm_type).sum(), "sum") ** (1 / norm_type)

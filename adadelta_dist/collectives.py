@@ -1,7 +1,8 @@
-"""Communication: the only file that calls `torch.distributed`.
+"""Communication: with `groups.py` the only file that calls `torch.distributed`.
 
-A `Group` is this process's view of a process group; everything here takes one. With
-one rank, or without an initialised process group, nothing is sent.
+Everything here takes a `Group`. With one rank, or without an initialised process group,
+nothing is sent. What travels in shards stays within the group; what all ranks must know
+goes to its replicas too.
 
 How a bucket travels is decided once a device, by its backend. NCCL and others have
 native reduce-scatter and all-gather. gloo's are slow, so there each pair of ranks
@@ -10,96 +11,26 @@ it deterministic (docs/design.md has the measurements).
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .groups import FIRST_CHANNEL, Group
+
 # torch 2.13 renamed both; the old names warn there.
 _native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _native_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_FIRST_CHANNEL = 0xADA0000  # above the tags of a user's own point-to-point messages
-_channels = [_FIRST_CHANNEL]
+_channels = [FIRST_CHANNEL]
 _abandoned: list["Pending"] = []
 _backgrounds: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
     weakref.WeakKeyDictionary()
 )
-
-
-@dataclass(frozen=True)
-class Group:
-    """A process group as seen from this rank.
-
-    Args:
-        process_group: None for a single process.
-        rank: this process's rank within the group.
-        world_size: number of ranks in the group.
-        channel: first tag of pairwise messages, the same on all ranks and new for each
-            optimizer, so that what one of them left unfinished never reaches another. The
-            second tag is for state, which may travel while reductions are in flight.
-    """
-
-    process_group: dist.ProcessGroup | None = None
-    rank: int = 0
-    world_size: int = 1
-    channel: int = _FIRST_CHANNEL
-
-    @property
-    def control_device(self) -> torch.device:
-        """Where small tensors that the host must read travel: the CPU if the group can."""
-        if "cpu" in self.backends:
-            return torch.device("cpu")
-        return torch.device(next(iter(self.backends)), torch.accelerator.current_device_index())
-
-    @property
-    def backends(self) -> dict[str, str]:
-        """Backend by device type, for example {"cpu": "gloo", "cuda": "nccl"}."""
-        if self.process_group is None:
-            return {"cpu": "none"}
-        config = dist.get_backend_config(self.process_group)
-        return dict(pair.split(":") for pair in config.split(","))
-
-    def is_pairwise(self, device: torch.device) -> bool:
-        return self.backends.get(device.type) == "gloo"
-
-
-def join(process_group: dist.ProcessGroup | None) -> Group:
-    """The group to use: the one given, else the default one, else this process alone.
-
-    Raises:
-        ValueError: this rank is not a member of `process_group`.
-    """
-    if process_group is None and not (dist.is_available() and dist.is_initialized()):
-        return Group()
-    group = process_group or dist.group.WORLD
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError(
-            f"process_group: global rank {dist.get_rank()} is not a member of it. Build the "
-            "optimizer on the group's own ranks only."
-        )
-    return Group(group, rank, dist.get_world_size(group))
-
-
-def check_devices(group: Group, tensors: Iterable[Tensor]) -> None:
-    """Refuse what the group cannot send.
-
-    Raises:
-        ValueError: a device without a backend, or one other than the CPU on gloo.
-    """
-    for device in {tensor.device.type for tensor in tensors}:
-        backend = group.backends.get(device)
-        if group.world_size > 1 and device != "meta" and backend in (None, "gloo"):
-            if device == "cpu" and backend == "gloo":
-                continue
-            raise ValueError(
-                f"parameters on {device}, and the process group has {backend or 'no backend'} for "
-                "it. Use init_process_group('cpu:gloo,cuda:nccl'), or move the model."
-            )
 
 
 def open_channel(group: Group) -> Group:
@@ -111,11 +42,8 @@ def open_channel(group: Group) -> Group:
     """
     agreed = int(combine(group, torch.tensor(_channels[0]), "max"))
     _channels[0] = agreed + 2
-    process_group = group.process_group
-    if process_group is not None and set(group.backends.values()) != {"gloo"}:
-        ranks = dist.get_process_group_ranks(process_group)
-        process_group = dist.new_group(ranks, use_local_synchronization=True)
-    return replace(group, process_group=process_group, channel=agreed)
+    replicas = None if group.replicas is None else _own_communicator(group.replicas)
+    return replace(_own_communicator(group), channel=agreed, replicas=replicas)
 
 
 def open_background(group: Group) -> Group:
@@ -131,21 +59,6 @@ def open_background(group: Group) -> Group:
             ranks, backend="gloo", use_local_synchronization=True
         )
     return replace(group, process_group=_backgrounds[group.process_group])
-
-
-def check_alone(group: Group) -> None:
-    """Refuse to go on alone in a job of several ranks.
-
-    Raises:
-        RuntimeError: the process group was initialised after the optimizer was built.
-    """
-    alone = group.process_group is None and dist.is_available() and dist.is_initialized()
-    if alone and dist.get_world_size() > 1:
-        raise RuntimeError(
-            "ShardedAdadelta was built before init_process_group, so it would train on rank "
-            f"{dist.get_rank()} alone. Build it afterwards (or, to be alone on purpose, with a "
-            "process_group of this one rank)."
-        )
 
 
 @dataclass(frozen=True)
@@ -231,15 +144,26 @@ def all_gather(group: Group, flat: Tensor, wire_dtype: torch.dtype | None = None
     return Pending(tuple(works))
 
 
+def average_replicas(group: Group, shard: Tensor) -> None:
+    """Average a shard over the replicas of its owner. Collective."""
+    if group.replicas is not None:
+        dist.all_reduce(shard, group=group.replicas.process_group)
+        shard.div_(group.replicas.world_size)
+
+
 def broadcast(group: Group, flat: Tensor) -> None:
-    """Overwrite `flat` (contiguous) with rank 0's. Collective."""
+    """Overwrite `flat` (contiguous) with that of rank 0 (of the first replica). Collective."""
+    if group.replicas is not None:
+        broadcast(group.replicas, flat)
     if group.world_size > 1:
         source = dist.get_global_rank(_process_group(group), 0)
         dist.broadcast(flat, src=source, group=group.process_group)
 
 
 def combine(group: Group, values: Tensor, op: str) -> Tensor:
-    """Elementwise "sum" or "max" of a small tensor over the ranks. Collective."""
+    """Elementwise "sum" or "max" of a small tensor over all ranks. Collective."""
+    if group.replicas is not None:
+        values = combine(group.replicas, values, op)
     if group.world_size == 1:
         return values
     shared = values.to(group.control_device, copy=True)
@@ -299,11 +223,13 @@ def scatter_slices(
 
 
 def all_gather_object(group: Group, mine: Any) -> list[Any]:
-    """Everyone's picklable object, by rank. Collective."""
-    if group.world_size == 1:
+    """Everyone's picklable object, by `Group.number`. Collective."""
+    if group.world_size == 1 and group.replicas is None:
         return [mine]
     everyones: list[Any] = [None] * group.world_size
     dist.all_gather_object(everyones, mine, group=group.process_group)
+    if group.replicas is not None:
+        everyones = list(chain.from_iterable(all_gather_object(group.replicas, everyones)))
     return everyones
 
 
@@ -328,6 +254,14 @@ def _copy(to: Tensor, source: Tensor) -> None:
 def _around(group: Group, distance: int) -> tuple[int, int]:
     """(source, target) of the exchange with the neighbours at `distance`."""
     return (group.rank - distance) % group.world_size, (group.rank + distance) % group.world_size
+
+
+def _own_communicator(group: Group) -> Group:
+    """The same ranks for native collectives of our own."""
+    if group.process_group is None or set(group.backends.values()) == {"gloo"}:
+        return group
+    ranks = dist.get_process_group_ranks(group.process_group)
+    return replace(group, process_group=dist.new_group(ranks, use_local_synchronization=True))
 
 
 def _process_group(group: Group) -> dist.ProcessGroup:

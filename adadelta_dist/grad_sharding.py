@@ -22,7 +22,7 @@ from torch import Tensor
 from . import collectives
 from .agreement import RankError
 from .buckets import FlatBucket
-from .collectives import Group
+from .groups import Group
 from .in_order import InOrder
 from .reducer import GradientReducer
 
@@ -78,8 +78,7 @@ class FreedBucket(FlatBucket):
         del flat  # `pending` keeps what is sent
         self._done = self._finishing.submit(accumulate)
 
-    def wait(self) -> None:
-        """Return when `grad_shard` holds all averaged gradients."""
+    def _wait_for_shard(self) -> None:
         done, self._done = self._done, None
         if done is not None:
             self._finishing.wait(done)
@@ -100,6 +99,7 @@ class FreedBucket(FlatBucket):
         """Forget all gradients: those in flight too, but only when they have arrived."""
         self._held, self._held_views, self._taken = None, [], self._none()
         self.has_gradient = self._none()
+        self._is_local = False
         self._done = self._finishing.submit(self.grad_shard.zero_)  # type: ignore[arg-type]
 
     def reset(self) -> None:
@@ -143,7 +143,7 @@ class ShardingReducer(GradientReducer):
         if self.clipped and (any(dirty_anywhere) or rounds > self._clipped_at):
             raise RankError(
                 "there are new gradients since optimizer.clip_grad_norm_, which clips their sum: "
-                f"clip after them. (raised on every rank; this is rank {self.group.rank})"
+                f"clip after them. (raised on every rank; this is rank {self.group.number})"
             )
         while self._rounds < rounds:
             self._launch_next()

@@ -7,7 +7,7 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from . import collectives, fingerprint, state
+from . import fingerprint, groups, state
 from .clipping import clip_shards_
 from .policy import ShardPolicy
 from .reducer import GradientReducer
@@ -109,7 +109,7 @@ class ShardedGradients(StateDicts):
             what: the call, which must be the same on every rank.
             error: what went wrong on this rank already.
         """
-        collectives.check_alone(self._group)
+        groups.check_alone(self._group)
         facts = [what]
         try:
             self._check_groups()

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from . import folder
 from .agreement import agreement, digest
-from .collectives import Group
+from .groups import Group
 from .history import checkpoints_in
 from .matching import match
 from .named_state import group_of, named_state, optimizer_state_dict

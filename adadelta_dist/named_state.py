@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from . import collectives
-from .collectives import Group
+from . import groups
+from .groups import Group
 from .state_dicts import StateDicts
 
 
@@ -26,6 +26,7 @@ def group_of(optimizer: torch.optim.Optimizer) -> Group:
 
     Raises:
         TypeError: not an Adadelta.
+        ValueError: replicas that are not all of the job.
     """
     if not isinstance(optimizer, torch.optim.Adadelta):
         raise TypeError(
@@ -33,7 +34,19 @@ def group_of(optimizer: torch.optim.Optimizer) -> Group:
             "ShardedAdadelta, Adadelta or torch.optim.Adadelta. A wrapped optimizer is unwrapped "
             "first; ZeroRedundancyOptimizer's consolidated state dict loads by load_state_dict."
         )
-    return optimizer._group if isinstance(optimizer, StateDicts) else collectives.join(None)
+    if not isinstance(optimizer, StateDicts):
+        return groups.join(None)
+    group = optimizer._group
+    if group.replicas is None:
+        return group
+    world = groups.join(None)
+    if group.world_size * group.replicas.world_size != world.world_size:
+        raise ValueError(
+            f"optimizer: {group.replicas.world_size} replicas of {group.world_size} shards are not "
+            f"the {world.world_size} ranks of the job. Save what state_dict() returns with "
+            "torch.distributed.checkpoint, and a process group of those ranks."
+        )
+    return world
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -49,23 +62,23 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     by_id = dict(zip(_ids(own["param_groups"]), chain.from_iterable(names), strict=True))
     state = {by_id[i]: entry for i, entry in own["state"].items()}
     # Whoever reads it with a state dict that has `param_names` wants them to be there.
-    groups = [
+    named = [
         group | {"params": list(n), "param_names": list(n)}
         for group, n in zip(own["param_groups"], names, strict=True)
     ]
-    return {"model": tensors, "optimizer": {"state": state, "param_groups": groups}}
+    return {"model": tensors, "optimizer": {"state": state, "param_groups": named}}
 
 
 def optimizer_state_dict(named: dict[str, Any]) -> dict[str, Any]:
     """`{"state", "param_groups"}` by name as `Optimizer.load_state_dict` takes it: by number."""
     numbers = {n: i for i, n in enumerate(_ids(named["param_groups"]))}
-    groups = []
+    numbered_groups = []
     for group in named["param_groups"]:
         numbered = group | {"params": [numbers[name] for name in group["params"]]}
         del numbered["param_names"]  # the optimizer keeps its own, if it has any
-        groups.append(numbered)
+        numbered_groups.append(numbered)
     state = {numbers[name]: entry for name, entry in named["state"].items()}
-    return {"state": state, "param_groups": groups}
+    return {"state": state, "param_groups": numbered_groups}
 
 
 def named_groups(

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import agreement, collectives
 from .agreement import RankError
 from .buckets import FlatBucket
-from .collectives import Group
+from .groups import Group
 
 
 class GradientReducer:
@@ -81,7 +81,7 @@ class GradientReducer:
         if self.clipped and by_hand_anywhere:
             raise RankError(
                 "gradients changed after optimizer.clip_grad_norm_, which clips their average: "
-                f"edit them before it. (raised on every rank; this is rank {self.group.rank})"
+                f"edit them before it. (raised on every rank; this is rank {self.group.number})"
             )
         self._edited |= by_hand
         # First what some ranks have launched already, so that all launch in the same order.

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from . import collectives, folder
 from .agreement import agreement
-from .collectives import Group
+from .groups import Group
 from .history import prune
 from .named_state import group_of, named_state
 from .reading import CheckpointError, as_checkpoint_error, load_plain

@@ -17,7 +17,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from . import collectives
-from .collectives import Group
+from .groups import Group
 
 
 def is_scaled(optimizer: Optimizer) -> bool:

@@ -6,14 +6,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from . import collectives, fingerprint, functional, scaling, state
+from . import collectives, fingerprint, functional, groups, scaling, state
 from .agreement import agreement
 from .buckets import FlatBucket, make_buckets
-from .collectives import Group
 from .grad_sharding import FreedBucket, ShardingReducer
 from .gradients import ShardedGradients
+from .groups import Group
 from .memory import check_memory
 from .policy import ShardPolicy
 from .precision import check_precision
@@ -38,6 +39,10 @@ class ShardedAdadelta(ShardedGradients):
         fused: as `Adadelta`.
         process_group: the ranks to shard over; None: the default group, or this process
             alone if there is none.
+        replicate_group: to shard within hosts and replicate across them: this rank and
+            those with the same shard in other process groups. Averaged shards are
+            all-reduced over it, and all else stays within `process_group`.
+        device_mesh: instead of both, a mesh of (replicas, shards), or of shards alone.
         policy: how to communicate.
 
     Collective: construction, `step`, `clip_grad_norm_`, `add_param_group`,
@@ -67,10 +72,13 @@ class ShardedAdadelta(ShardedGradients):
         differentiable: bool = False,
         fused: bool | None = None,
         process_group: dist.ProcessGroup | None = None,
+        replicate_group: dist.ProcessGroup | None = None,
+        device_mesh: DeviceMesh | None = None,
         policy: ShardPolicy = ShardPolicy(),
     ) -> None:
-        group = collectives.join(process_group)
+        group = groups.join(process_group, replicate_group, device_mesh)
         with agreement(group, "ShardedAdadelta") as mine:
+            groups.check_replicas(group)
             if differentiable and (policy.skip_nonfinite or policy.stage == 2):
                 raise ValueError(
                     f"differentiable=True with skip_nonfinite={policy.skip_nonfinite}, "
@@ -128,7 +136,7 @@ class ShardedAdadelta(ShardedGradients):
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         super().__setstate__(attributes)
         if "_installed" not in self.__dict__:  # unpickled or copied, not loaded
-            self._prepare(attributes.get("_group") or collectives.join(None), self._policy)
+            self._prepare(attributes.get("_group") or groups.join(None), self._policy)
             if not self.defaults["differentiable"]:
                 self._install(0)  # which adopts the state that came along
 
@@ -151,7 +159,7 @@ class ShardedAdadelta(ShardedGradients):
         params = [p for group in self.param_groups for p in group["params"]]
         check_memory(params)
         check_precision(self._policy, params)
-        collectives.check_devices(self._group, params)
+        groups.check_devices(self._group, params)
 
     def _install(self, first_group: int) -> None:
         """Move the parameters of the groups from `first_group` on into buckets. Collective."""

@@ -186,7 +186,10 @@ def adopt(shard: ShardState, i: int, values: Mapping[str, Any], state: State) ->
 def scatter_all(
     shards: Sequence[ShardState], values: Mapping[Tensor, Any], state: State, src: int
 ) -> None:
-    """Give every rank its slices of the checked values that `src` has (none: zeros). Collective."""
+    """Give every rank its slices of the checked values that `src` of the first replica has.
+
+    Collective. Without values accumulators are zero.
+    """
     known = [
         (float(values[p]["step"]), MASTER in values[p]) if values.get(p) else None
         for shard in shards
@@ -202,7 +205,11 @@ def scatter_all(
                 step, has_master = theirs
                 shard.entries[i]["step"].fill_(step)
                 names = [name for name in shard.flats if has_master or name != MASTER]
-                _scatter(shard, i, names, values.get(p), src)
+                if group.replica == 0:
+                    _scatter(shard, i, names, values.get(p), src)
+        for flat in shard.flats.values():  # from the first replica to the others
+            if group.replicas is not None:
+                collectives.broadcast(group.replicas, flat)
 
 
 def match(

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import collectives, fingerprint, state
 from .adadelta import Adadelta
 from .agreement import agreement
-from .collectives import Group
+from .groups import Group
 from .state import ShardState
 
 
@@ -42,7 +42,7 @@ class StateDicts(Adadelta):
         than a piece of one parameter. The state dict hooks run on `dst` alone.
 
         Args:
-            dst: rank within the process group.
+            dst: rank within the process group; with replicas, of the first of them.
 
         Returns:
             On `dst`, what `torch.optim.Adadelta.state_dict` returns in one process, in
@@ -63,7 +63,7 @@ class StateDicts(Adadelta):
 
         Args:
             state_dict: on `src`, the whole state in torch's form; None (or `{}`) elsewhere.
-            src: rank within the process group.
+            src: rank within the process group; with replicas, of the first of them.
 
         Raises:
             ValueError: as `load_state_dict`; `src` is no rank of the group, has no state, or
@@ -78,10 +78,10 @@ class StateDicts(Adadelta):
         with agreement(self._group, "scatter_state_dict") as mine:
             self._check_rank("src", src)
             mine.facts.append(f"src={src}")
-            if bool(state_dict) != (self._group.rank == src):
-                wanted = "the whole state" if self._group.rank == src else "None"
+            if bool(state_dict) != (self._group.number == src):
+                wanted = "the whole state" if self._group.number == src else "None"
                 raise ValueError(
-                    f"state_dict on rank {self._group.rank} is {type(state_dict).__name__} of "
+                    f"state_dict on rank {self._group.number} is {type(state_dict).__name__} of "
                     f"{len(state_dict or ())} entries, wanted {wanted}: src={src} alone has it"
                 )
             if state_dict:
@@ -156,12 +156,12 @@ class StateDicts(Adadelta):
         whole: defaultdict[Tensor, Any] = defaultdict(dict)
         if not self._installed:  # all is as in torch: no shards
             whole.update({p: deepcopy(entry) for p, entry in self.state.items()})
-        for shard in self._shards:
+        for shard in self._shards if self._group.replica == 0 else ():
             for i, p in enumerate(shard.bucket.params):
                 entry = state.gather(shard, i, dst)
                 if entry is not None:
                     whole[p] = entry
-        return whole if self._group.rank == dst else None
+        return whole if self._group.number == dst else None
 
     def _check_rank(self, argument: str, rank: int) -> None:
         if not 0 <= rank < self._group.world_size:

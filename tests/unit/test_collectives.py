@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adadelta_dist import RankError, collectives
+from adadelta_dist import RankError, collectives, groups
 from adadelta_dist.agreement import agreement, digest
 from adadelta_dist.collectives import Group, Pending
 
@@ -13,14 +13,14 @@ ALONE = Group()
 
 
 def test_without_a_process_group_this_process_is_alone():
-    group = collectives.join(None)
+    group = groups.join(None)
     assert (group.process_group, group.rank, group.world_size) == (None, 0, 1)
     assert group.control_device == torch.device("cpu")
     assert not group.is_pairwise(torch.device("cpu"))
 
 
 def test_the_default_group_is_joined_where_there_is_one(mesh):
-    group = collectives.join(None)
+    group = groups.join(None)
     assert (group.rank, group.world_size) == (0, 1)
     assert group.process_group is torch.distributed.group.WORLD
     assert group.backends["cpu"] == "gloo"
@@ -30,7 +30,7 @@ def test_the_default_group_is_joined_where_there_is_one(mesh):
 def test_a_rank_outside_the_group_is_refused_with_the_remedy(mesh):
     outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
     with pytest.raises(ValueError, match=r"global rank 0 is not a member.*own ranks only"):
-        collectives.join(outside)
+        groups.join(outside)
 
 
 def test_every_optimizer_gets_a_channel_of_its_own():

@@ -29,6 +29,7 @@ ORDER = [
     "convert",
     "inspection",
     "fingerprint",
+    "groups",
     "collectives",
     "agreement",
     "clipping",
