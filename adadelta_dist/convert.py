@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.distributed.checkpoint.planner import WriteItem
 
 from .content import Content, Keys, Value, foreign_state
 from .folder import disk_error, staged, verify, write_manifest, write_sums
 from .sources import read
+from .writing import StreamingWriter
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far, and all there are to do."""
@@ -186,7 +184,7 @@ def _save(
     state_dict: dict[str, Any], folder: Path, values: Mapping[Keys, Value], count: _Count
 ) -> None:
     """`dcp.save` by one process, of tensors that are read as they are written."""
-    planner, writer = _LazyPlanner(values, count), _StreamingWriter(folder)
+    planner, writer = _LazyPlanner(values, count), StreamingWriter(folder)
     planner.set_up_planner(state_dict, writer.storage_meta(), is_coordinator=True)
     writer.set_up_storage_writer(True)
     plan = writer.prepare_local_plan(planner.create_local_plan())
@@ -208,38 +206,3 @@ class _LazyPlanner(DefaultSavePlanner):
             tensor: Tensor = self._count.read(self._values[self.mappings[write_item.index.fqn]])
             return tensor
         return found
-
-
-class _StreamingWriter(FileSystemWriter):
-    """`FileSystemWriter`, which keeps all tensors of a file until it is written, keeps none."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name = f"{plan.storage_data.prefix}0.distcp"
-        results = []
-        with Path(self.path, name).open("wb") as file:
-            for item in plan.items:
-                start = file.tell()
-                data = planner.resolve_data(item)
-                if isinstance(data, Tensor):
-                    torch.save(_alone(data), file)
-                else:
-                    file.write(data.getbuffer())
-                del data
-                length = file.tell() - start
-                stored = _StorageInfo(name, start, length)
-                results.append(WriteResult(item.index, length, stored))
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor without the rest of the memory that it is part of, which torch.save writes."""
-    storage = tensor.untyped_storage()
-    if storage.nbytes() == tensor.nbytes:
-        return tensor
-    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-        return tensor.clone()
-    start = tensor.storage_offset() * tensor.itemsize
-    part = storage[start : start + tensor.nbytes]  # the same memory
-    return torch.empty(0, dtype=tensor.dtype).set_(part, 0, tensor.shape, tensor.stride())

@@ -74,6 +74,7 @@ def load_checkpoint(
         source = _resolve(Path(path))
         _check_intact(source, group)
         mine.facts.append(f"checkpoint {source.name}, checksums {_sums_of(source)}")
+    with agreement(group, "load_checkpoint"):  # by now it is known to be intact
         current = named_state(model, optimizer)
         plan = match(source, current)
         if strict and plan.skipped:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils._pytree import tree_map_only
 
@@ -21,6 +20,7 @@ from .groups import Group
 from .history import prune
 from .named_state import group_of, named_state
 from .reading import CheckpointError, as_checkpoint_error, load_plain
+from .writing import StreamingWriter
 
 _writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adadelta-dist checkpoint")
 _in_flight: list[Future[Path]] = []
@@ -200,7 +200,7 @@ def _write_files(group: Group, work: _Work, temporary: Path) -> list[str]:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         save(
             work.state,
-            storage_writer=FileSystemWriter(temporary),
+            storage_writer=StreamingWriter(temporary),
             process_group=group.process_group,
             no_dist=group.process_group is None,
         )

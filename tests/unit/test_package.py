@@ -23,6 +23,7 @@ ORDER = [
     "flat_slice",
     "reading",
     "folder",
+    "writing",
     "history",
     "content",
     "sources",
