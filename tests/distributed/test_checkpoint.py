@@ -15,6 +15,7 @@ from test_dcp import (
     whole,
 )
 from test_gradients import batch, loss_of
+from torch.distributed.device_mesh import init_device_mesh
 
 from adadelta_dist import (
     Adadelta,
@@ -24,6 +25,7 @@ from adadelta_dist import (
     load_checkpoint,
     save_checkpoint,
 )
+from adadelta_dist.reading import SafeReader
 
 
 def save(rank, path, bucket_mb, asynchronous=False):
@@ -156,3 +158,38 @@ def test_the_sums_are_those_of_coreutils(pool, tmp_path):
                    cwd=tmp_path / "a", check=True)  # fmt: skip
     listed = (tmp_path / "a" / "SHA256SUMS").read_text().split()[1::2]
     assert sorted([*listed, "SHA256SUMS"]) == sorted(f.name for f in (tmp_path / "a").iterdir())
+
+
+def half(hybrid):
+    """A bfloat16 module with fp32 masters, over all ranks or 2 replicas of 2."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3)).bfloat16()
+    mesh = init_device_mesh("cpu", (2, 2)) if hybrid else None
+    return module, ShardedAdadelta(module.parameters(), lr=0.01, device_mesh=mesh)
+
+
+def run_half(rank, path, hybrid, save_at, steps):
+    module, optimizer = half(hybrid)
+    if save_at is None:
+        load_checkpoint(path, module, optimizer)
+    for step in steps:
+        train(module, optimizer, [step])
+        if step == save_at:
+            save_checkpoint(path, module, optimizer)
+    return module.state_dict()
+
+
+@pytest.mark.parametrize(("source", "target"), [(2, 3), (4, 2)])
+def test_masters_and_replicas_go_on_too(pool, tmp_path, source, target):
+    hybrid = source == 4
+    want = pool(source).run(run_half, tmp_path / "a", hybrid, 1, range(4))[0]
+    if hybrid:  # each slice is there once, whoever wrote it
+        written = sum(f.stat().st_size for f in (tmp_path / "a").glob("*.distcp"))
+        pool(2).run(run_half, tmp_path / "flat", False, 1, range(2))
+        flat = sum(f.stat().st_size for f in (tmp_path / "flat").glob("*.distcp"))
+        assert written == pytest.approx(flat, rel=0.02)
+    for got in pool(target).run(run_half, tmp_path / "a", False, None, range(2, 4)):
+        assert_equal(got, want)
+    (master,) = {k for k in SafeReader(tmp_path / "a").read_metadata().state_dict_metadata
+                 if k.endswith("0.weight.master")}  # fmt: skip
+    assert master == "optimizer.state.0.weight.master"
