@@ -1,0 +1,32 @@
+"""Clip averaged gradients, wherever they are."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adadelta_dist import ShardedAdadelta
+
+
+def clip_grad_value_(optimizer: Optimizer, clip_value: float) -> None:
+    """Clamp the averaged gradients to [-clip_value, clip_value]. Collective.
+
+    As `torch.nn.utils.clip_grad_value_` in one process. With more ranks only the averaged
+    shards are clamped; `p.grad` stays the local gradient.
+    """
+    if not isinstance(optimizer, ShardedAdadelta) or optimizer._group.world_size == 1:
+        torch.nn.utils.clip_grad_value_(parameters(optimizer), clip_value)
+        return
+    reducer = optimizer._reducer
+    reducer.clipped = False  # an earlier clip, whose step was skipped
+    optimizer._reduce(f"clip_grad_value_({clip_value})", None)
+    reducer.clipped = True
+    for bucket in reducer.buckets:
+        bucket.wait()
+        bucket.grad_shard.clamp_(-clip_value, clip_value)
+
+
+def parameters(optimizer: Optimizer) -> Iterable[Tensor]:
+    """All parameters, group by group."""
+    return (p for group in optimizer.param_groups for p in group["params"])

@@ -1,0 +1,254 @@
+"""`ShardedAdadeltaStrategy`: train a LightningModule with `ShardedAdadelta`, without DDP.
+
+Import this module, and `Trainer(strategy="sharded_adadelta")` knows it.
+"""
+
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
+
+from adadelta_dist import ShardPolicy, collectives
+from adadelta_dist.agreement import agreement
+
+from . import clipping, conversion, sharded_checkpoint
+from .broadcast import broadcast_buffers_, broadcast_module_
+from .frameworks import fabric, pl
+
+_WHAT = "configure_optimizers"
+
+
+class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
+    """Data parallel training whose optimizer averages gradients and shards its own state.
+
+    `configure_optimizers` returns `torch.optim.Adadelta` (which becomes a `ShardedAdadelta`
+    in place: hyperparameters, schedulers and hooks stay), `adadelta_dist.Adadelta` or
+    `ShardedAdadelta`. The module is not wrapped: parameters and buffers are broadcast as
+    DistributedDataParallel does, and reductions run during backward.
+
+    Clip through the Trainer (`gradient_clip_val`) or `self.clip_gradients`: what a hook sees
+    in `p.grad` is this rank's own gradient.
+
+    Args:
+        policy: how the optimizers that are converted communicate.
+        checkpoint: "full": one file, which strategy "auto" or "ddp" with
+            `torch.optim.Adadelta` loads too; "sharded": a folder into which every rank
+            writes what it owns. Both are loaded, whatever this is, at any world size.
+        broadcast_buffers: give all ranks rank 0's buffers, as DistributedDataParallel does.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin,
+            process_group_backend, timeout, start_method: as Lightning's `DDPStrategy`.
+
+    Raises:
+        ValueError: `checkpoint` is neither of the two; NCCL without CUDA devices.
+        TypeError: on every rank, if `configure_optimizers` returns another optimizer or none.
+    """
+
+    def __init__(
+        self,
+        policy: ShardPolicy = ShardPolicy(),
+        checkpoint: Literal["full", "sharded"] = "full",
+        broadcast_buffers: bool = True,
+        accelerator: "pl.accelerators.Accelerator | None" = None,
+        parallel_devices: list[Any] | None = None,
+        cluster_environment: "fabric.plugins.ClusterEnvironment | None" = None,
+        checkpoint_io: "fabric.plugins.CheckpointIO | None" = None,
+        precision_plugin: "pl.plugins.precision.Precision | None" = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        if checkpoint not in ("full", "sharded"):
+            raise ValueError(f"checkpoint must be 'full' or 'sharded', got {checkpoint!r}")
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self._policy, self._checkpoint = policy, checkpoint
+        self._broadcasts_buffers = broadcast_buffers
+        self._buffers_differ = False
+        self._blocked = False
+
+    def setup_distributed(self) -> None:
+        """Initialise the process group."""
+        backend = self._get_process_group_backend()
+        if self.root_device.type == "cpu" and backend == "nccl":
+            raise ValueError(
+                "process_group_backend='nccl' sends from CUDA devices, and this Trainer uses CPUs. "
+                "Leave it out, or pass Trainer(accelerator='cuda')."
+            )
+        super().setup_distributed()
+
+    def configure_ddp(self) -> None:
+        """Nothing: the optimizers average the gradients."""
+
+    def setup_optimizers(self, trainer: "pl.Trainer") -> None:
+        """Build the user's optimizers and shard them; broadcast what they leave. Collective."""
+        error = None
+        group = collectives.join(None)
+        try:
+            super().setup_optimizers(trainer)
+            self._refuse_none()
+        except Exception as raised:
+            error = raised
+        bare = [_bare(optimizer) for optimizer in self.optimizers]
+        sharded = conversion.shard_all_(bare, group, self._policy, _WHAT, error)
+        self.optimizers = list(sharded)
+        assert self.model is not None
+        done = [p for optimizer in sharded for p in clipping.parameters(optimizer)]
+        broadcast_module_(group, self.model, done)
+
+    def setup_precision_plugin(self) -> None:
+        """Attach the precision plugin, and have it clip what the optimizers average."""
+        super().setup_precision_plugin()
+        self.precision_plugin.clip_gradients = _clip_gradients  # type: ignore[method-assign]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The training step, after buffers were made equal if the last step was a synced one."""
+        self._broadcast_buffers()
+        self._buffers_differ = not self._blocked
+        return super().training_step(*args, **kwargs)
+
+    def on_validation_start(self) -> None:
+        """Validate with rank 0's buffers, as DistributedDataParallel would."""
+        self._broadcast_buffers()
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Within it, backward accumulates local gradients and sends nothing."""
+        before, self._blocked = self._blocked, True
+        with ExitStack() as stack:
+            for optimizer in self.optimizers:
+                stack.enter_context(_bare(optimizer).no_sync())
+            yield
+        self._blocked = before
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state to save: whole on rank 0, or this rank's slices. Collective."""
+        bare = _bare(optimizer)
+        if self._checkpoint == "full":
+            whole: dict[str, Any] = super().optimizer_state(bare)
+            return whole
+        assert self.lightning_module is not None
+        return sharded_checkpoint.by_name(bare, self.lightning_module)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Write a file or a folder that is there as a whole or not at all. Collective."""
+        group, filepath = collectives.join(None), self.broadcast(filepath)
+        if self._checkpoint == "sharded":
+            if storage_options is not None:
+                raise TypeError("storage_options: a sharded checkpoint does not use CheckpointIO")
+            sharded_checkpoint.save(group, checkpoint, Path(filepath))
+            return
+        with agreement(group, f"saving {filepath}"):
+            if self.is_global_zero:
+                sharded_checkpoint.remove(Path(filepath))
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file or a folder. Collective."""
+        group, checkpoint_path = collectives.join(None), self.broadcast(checkpoint_path)
+        path, checkpoint = Path(checkpoint_path), {}
+        with agreement(group, f"loading {path}") as mine:
+            folder = sharded_checkpoint.is_folder(path)
+            mine.facts.append("a folder" if folder else "a file")
+            if not folder:
+                checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        if folder:
+            assert self.lightning_module is not None
+            strict = self.lightning_module.strict_loading
+            checkpoint = sharded_checkpoint.load(
+                path,
+                self.lightning_module,
+                strict=strict,
+                weights_only=weights_only is None or weights_only,
+            )
+        return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give every optimizer its state. Collective.
+
+        Raises:
+            ValueError: the checkpoint has another number of optimizers.
+        """
+        saved = checkpoint["optimizer_states"]
+        if len(saved) != len(self.optimizers):
+            raise ValueError(
+                f"the checkpoint has the state of {len(saved)} optimizers, and "
+                f"configure_optimizers returned {len(self.optimizers)}"
+            )
+        assert self.lightning_module is not None
+        for state, optimizer in zip(saved, map(_bare, self.optimizers), strict=True):
+            if isinstance(state, sharded_checkpoint.OnDisk):
+                sharded_checkpoint.load_optimizer(state, optimizer, self.lightning_module)
+            else:
+                optimizer.load_state_dict(state)
+
+    def teardown(self) -> None:
+        """Leave the precision plugin as it was."""
+        vars(self.precision_plugin).pop("clip_gradients", None)
+        super().teardown()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Add "sharded_adadelta", and "sharded_adadelta_zero2" where the policy has stages."""
+        strategy_registry.register(
+            "sharded_adadelta", cls, description="Adadelta, sharded as in ZeRO stage 1"
+        )
+        if "stage" in {field.name for field in fields(ShardPolicy)}:
+            stage_2: dict[str, Any] = {"stage": 2}
+            strategy_registry.register(
+                "sharded_adadelta_zero2",
+                cls,
+                description="Adadelta, sharded as in ZeRO stage 2",
+                policy=ShardPolicy(**stage_2),
+            )
+
+    def _broadcast_buffers(self) -> None:
+        if self._broadcasts_buffers and self._buffers_differ:
+            assert self.model is not None
+            broadcast_buffers_(collectives.join(None), self.model)
+            self._buffers_differ = False
+
+    def _refuse_none(self) -> None:
+        if any(isinstance(o, pl.core.optimizer._MockOptimizer) for o in self.optimizers):
+            raise TypeError(
+                "configure_optimizers returned None, and sharded_adadelta needs an Adadelta: "
+                "return torch.optim.Adadelta(self.parameters()), or train with strategy='ddp'."
+            )
+
+
+def _bare(optimizer: Optimizer) -> Any:
+    """The optimizer that Lightning wraps; a `ShardedAdadelta` from `setup_optimizers` on."""
+    return getattr(optimizer, "_optimizer", optimizer)
+
+
+def _clip_gradients(
+    optimizer: Optimizer,
+    clip_val: float | None = 0.0,
+    gradient_clip_algorithm: Any = pl.utilities.GradClipAlgorithmType.NORM,
+) -> None:
+    """What precision plugins do, on the gradients that the optimizer averages. Collective."""
+    if not clip_val or clip_val <= 0:
+        return
+    if gradient_clip_algorithm == pl.utilities.GradClipAlgorithmType.VALUE:
+        clipping.clip_grad_value_(_bare(optimizer), clip_val)
+    else:
+        _bare(optimizer).clip_grad_norm_(clip_val)
+
+
+ShardedAdadeltaStrategy.register_strategies(pl.strategies.StrategyRegistry)

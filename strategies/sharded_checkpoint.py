@@ -1,0 +1,170 @@
+"""A checkpoint as a folder, into which every rank writes what it owns.
+
+It is laid out as Lightning's FSDPStrategy does: `torch.distributed.checkpoint` holds "model"
+and "optimizer_0", "optimizer_1", ..., the optimizers' state by the names of parameters, and
+`meta.pt` holds the rest. `python -m lightning.pytorch.utilities.consolidate_checkpoint` makes
+one file of it.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as read
+from torch.distributed.checkpoint.state_dict_saver import save as write
+
+from adadelta_dist import ShardedAdadelta
+from adadelta_dist.agreement import agreement
+from adadelta_dist.collectives import Group
+
+_META = "meta.pt"
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """The state of one optimizer, which is read once that optimizer exists."""
+
+    path: Path
+    key: str
+
+
+def is_folder(path: Path) -> bool:
+    return (path / _META).is_file()
+
+
+def save(group: Group, checkpoint: dict[str, Any], path: Path) -> None:
+    """Write Lightning's checkpoint, whose optimizer states come from `by_name`. Collective.
+
+    The folder appears, or takes the place of an older one, when it is complete.
+    """
+    rest = dict(checkpoint)
+    content = {"model": rest.pop("state_dict")}
+    for i, state in enumerate(rest.pop("optimizer_states", ())):
+        content[f"optimizer_{i}"] = state
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with agreement(group, f"saving {path}"):
+        if group.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+    write(content, checkpoint_id=unfinished, process_group=group.process_group)
+    with agreement(group, f"saving {path}"):
+        if group.rank == 0:
+            torch.save(rest, unfinished / _META)
+            _replace(unfinished, path)
+
+
+def load(path: Path, module: nn.Module, *, strict: bool, weights_only: bool) -> dict[str, Any]:
+    """Lightning's checkpoint: the model on the CPU, the optimizers as `OnDisk`. Collective.
+
+    Raises:
+        ValueError: the checkpoint is of another model, and `strict`.
+    """
+    metadata = _metadata(path)
+    saved = {keys[1] for keys in _paths(metadata).values() if keys[0] == "model"}
+    own: dict[str, Any] = module.state_dict()
+    if strict and saved != own.keys():
+        lacks, more = sorted(own.keys() - saved), sorted(saved - own.keys())
+        raise ValueError(f"{path} is of another model: it lacks {lacks} and has {more} besides")
+    model = {
+        name: torch.empty_like(value, device="cpu") if isinstance(value, Tensor) else value
+        for name, value in own.items()
+        if name in saved
+    }
+    read({"model": model}, checkpoint_id=path)
+    checkpoint: dict[str, Any] = torch.load(
+        path / _META, map_location="cpu", weights_only=weights_only
+    )
+    checkpoint["state_dict"] = model
+    keys = sorted({k[0] for k in _paths(metadata).values() if k[0].startswith("optimizer_")})
+    if keys:
+        ordered = sorted(keys, key=lambda key: int(key.removeprefix("optimizer_")))
+        checkpoint["optimizer_states"] = [OnDisk(path, key) for key in ordered]
+    return checkpoint
+
+
+def by_name(optimizer: ShardedAdadelta, module: nn.Module) -> dict[str, Any]:
+    """The optimizer's state dict with the names of the module's parameters as keys."""
+    state_dict = optimizer.state_dict()
+    known = {p: name for name, p in module.named_parameters()}
+    ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    names = {i: known.get(p, f"parameter {i}") for i, p in zip(ids, params, strict=True)}
+    return {
+        "state": {names[i]: entry for i, entry in state_dict["state"].items()},
+        "param_groups": [
+            group | {"params": [names[i] for i in group["params"]]}
+            for group in state_dict["param_groups"]
+        ],
+    }
+
+
+def load_optimizer(saved: OnDisk, optimizer: ShardedAdadelta, module: nn.Module) -> None:
+    """Read what this rank owns, at whatever world size it was saved. Collective.
+
+    Raises:
+        ValueError: the saved groups have other parameters.
+    """
+    metadata = _metadata(saved.path)
+    own = by_name(optimizer, module)
+    groups = _empty_groups(metadata, saved.key)
+    paths = [keys for keys in _paths(metadata).values() if keys[:2] == (saved.key, "state")]
+    names = {keys[2] for keys in paths}
+    state = {name: entry for name, entry in own["state"].items() if name in names}
+    content = {saved.key: {"state": state, "param_groups": groups}}
+    read(content, checkpoint_id=saved.path)
+    here = [group["params"] for group in own["param_groups"]]
+    there = [group["params"] for group in groups]
+    if list(map(sorted, here)) != list(map(sorted, there)):
+        raise ValueError(
+            f"{saved.path}: {saved.key} has the parameter groups {there}, and this model {here}"
+        )
+    ordered = [group | {"params": params} for group, params in zip(groups, here, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": ordered})
+
+
+def remove(path: Path) -> None:
+    """Remove such a folder, if there is one."""
+    if is_folder(path):
+        shutil.rmtree(path)
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Put the folder `new` in the place of what `path` names now, a folder, file or nothing."""
+    old = path.with_name(f"{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.is_dir() and not path.is_symlink():
+        path.rename(old)
+    else:
+        path.unlink(missing_ok=True)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _metadata(path: Path) -> Metadata:
+    return FileSystemReader(path).read_metadata()
+
+
+def _paths(metadata: Metadata) -> Mapping[str, tuple[Any, ...]]:
+    """Where each flat key was in the nested dict."""
+    paths: Mapping[str, tuple[Any, ...]] = metadata.planner_data
+    return paths
+
+
+def _empty_groups(metadata: Metadata, key: str) -> list[dict[str, Any]]:
+    """The saved parameter groups, with places for their values."""
+    groups: dict[int, dict[str, Any]] = {}
+    for flat, keys in _paths(metadata).items():
+        if keys[:2] == (key, "param_groups"):
+            stored = metadata.state_dict_metadata[flat]
+            place = None
+            if isinstance(stored, TensorStorageMetadata):
+                place = torch.empty(stored.size, dtype=stored.properties.dtype)
+            groups.setdefault(keys[2], {})[keys[3]] = place
+    return [groups[i] for i in sorted(groups)]
