@@ -1,0 +1,98 @@
+"""Checkpoints that go on at another world size, and in stock Lightning."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from lightning_jobs import Job, run, run_alone
+
+# In mid-epoch: an epoch has 8 steps.
+SAVE = {"every_n_train_steps": 3, "save_top_k": -1, "filename": "{step}"}
+WHOLE = 16
+
+
+def save_at(folder):
+    return SAVE | {"dirpath": str(folder)}
+
+
+def curve(ranks):
+    return np.mean([rank["losses"] for rank in ranks], axis=0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return run_alone(Job(scheduler="step"))["losses"]
+
+
+@pytest.fixture(scope="module", params=["full", "sharded"])
+def saved(request, pool, tmp_path_factory):
+    """What two ranks have saved at step 12 of 16."""
+    folder = tmp_path_factory.mktemp(request.param)
+    job = Job(strategy={"checkpoint": request.param}, scheduler="step", save=save_at(folder))
+    pool(2).run(run, 2, job)
+    return folder / "step=12.ckpt"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_it_goes_on_at_another_world_size(pool, saved, uninterrupted, world_size):
+    ranks = pool(world_size).run(run, world_size, Job(scheduler="step", resume=str(saved)))
+    assert ranks[0]["step"] == WHOLE
+    np.testing.assert_allclose(curve(ranks), uninterrupted[12:], rtol=1e-6)
+
+
+def consolidated(path):
+    """One file, made by Lightning's own command where ranks have written a folder."""
+    if path.is_file():
+        return path
+    file = path.with_suffix(".consolidated")
+    if not file.exists():
+        command = "lightning.pytorch.utilities.consolidate_checkpoint"
+        arguments = [str(path), "--output_file", str(file)]
+        subprocess.run([sys.executable, "-m", command, *arguments], check=True)
+    return file
+
+
+def test_stock_lightning_goes_on_with_it(saved, uninterrupted):
+    resumed = run_alone(Job(scheduler="step", resume=str(consolidated(saved))))
+    np.testing.assert_allclose(resumed["losses"], uninterrupted[12:], rtol=1e-6)
+
+
+def test_one_file_of_either_kind_goes_on_sharded(pool, saved, uninterrupted):
+    job = Job(scheduler="step", resume=str(consolidated(saved)))
+    np.testing.assert_allclose(curve(pool(2).run(run, 2, job)), uninterrupted[12:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_a_stock_checkpoint_goes_on_sharded(pool, tmp_path, uninterrupted, strategy):
+    job = Job(strategy=strategy, scheduler="step", save=save_at(tmp_path))
+    if strategy == "auto":
+        run_alone(job)
+    else:
+        pool(2).run(run, 2, job)
+    job = Job(scheduler="step", resume=str(tmp_path / "step=12.ckpt"))
+    np.testing.assert_allclose(curve(pool(2).run(run, 2, job)), uninterrupted[12:], rtol=1e-6)
+
+
+def test_a_full_file_is_what_torch_saves(saved):
+    checkpoint = torch.load(consolidated(saved), weights_only=True)
+    (state,) = checkpoint["optimizer_states"]
+    assert set(state) == {"state", "param_groups"}
+    entries = [state["state"][i] for group in state["param_groups"] for i in group["params"]]
+    for entry in entries:
+        assert set(entry) == {"step", "square_avg", "acc_delta"}
+        assert entry["step"] == 12
+    shapes = [tuple(entry["square_avg"].shape) for entry in entries]
+    assert shapes == [(16, 20), (16,), (5, 16), (5,), (5, 20)]
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_two_optimizers(pool, tmp_path, kind):
+    whole = run_alone(Job(module="manual"))["losses"]
+    save = {"every_n_train_steps": 6, "save_top_k": -1, "dirpath": str(tmp_path)}
+    strategy = {"checkpoint": kind}
+    pool(2).run(run, 2, Job(module="manual", strategy=strategy, save=save | {"filename": "{step}"}))
+    (path, *_) = sorted(tmp_path.iterdir())
+    resumed = curve(pool(3).run(run, 3, Job(module="manual", resume=str(path))))
+    np.testing.assert_allclose(resumed, whole[-len(resumed) :], rtol=1e-6)
