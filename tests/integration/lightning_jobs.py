@@ -16,13 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from adadelta_dist import Adadelta, ShardedAdadelta, ShardPolicy
 
 GLOBAL_BATCH, BATCHES, INPUTS, CLASSES = 12, 8, 20, 5
 
 # Lightning's own remarks on jobs as small as these, by message.
 REMARKS = [
+    r".*`LightningModule\.configure_optimizers` returned `None`.*",  # on purpose
     r".*does not have many workers.*",  # a few dozen rows need no worker processes
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # torch's, of Lightning's calls
     r".*callbacks used to create the checkpoint need to be provided.*",  # no further saving
@@ -36,6 +40,7 @@ class Job:
 
     Args:
         optimizer: one of `kinds` below.
+        module: "automatic", "manual" (two optimizers), or "without bias".
         strategy: a name, or keyword arguments of ShardedAdadeltaStrategy.
         trainer: further arguments of Trainer.
         resume: checkpoint to go on from.
@@ -88,10 +93,29 @@ def loader(world_size: int) -> DataLoader:
     return ResumableLoader(rows(), batch_size=GLOBAL_BATCH // world_size, sampler=sampler)
 
 
+def _on_one_rank(module: Any) -> Any:
+    kind = torch.optim.SGD if module.rank == 1 else torch.optim.Adadelta
+    return kind(module.parameters(), lr=1.0)
+
+
+def _over_one_rank(module: Any) -> Any:
+    alone = dist.new_group([module.rank], use_local_synchronization=True)
+    return ShardedAdadelta(module.parameters(), process_group=alone)
+
+
+WRONG = {
+    "SGD": lambda module: torch.optim.SGD(module.parameters(), lr=1.0),
+    "none": lambda module: None,
+    "SGD on rank 1": _on_one_rank,
+    "raises on rank 1": lambda module: torch.optim.Adadelta(
+        module.parameters(), lr=1 / (1 - module.rank)
+    ),
+    "over one rank": _over_one_rank,
+}
+
+
 def make_module(job: Job, world_size: int) -> Any:
     import lightning.pytorch as pl
-
-    from adadelta_dist import Adadelta, ShardedAdadelta, ShardPolicy
 
     averaged = partial(ShardedAdadelta, policy=ShardPolicy(gradients="averaged"))
     kinds = {
@@ -108,13 +132,13 @@ def make_module(job: Job, world_size: int) -> Any:
             super().__init__()
             torch.manual_seed(3 + self.rank)  # the ranks must not start alike by chance
             self.body = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh())
-            self.head = nn.Linear(16, CLASSES)
+            self.head = nn.Linear(16, CLASSES, bias=job.module != "without bias")
             self.extra = nn.Linear(INPUTS, CLASSES, bias=False)
             self.scale = nn.Parameter(torch.rand(1), requires_grad=False)
             self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
             self.losses: list[float] = []
             self.scores: dict[str, list[float]] = {}
-            self.automatic_optimization = job.module == "automatic"
+            self.automatic_optimization = job.module != "manual"
 
         @property
         def rank(self) -> int:
@@ -163,6 +187,8 @@ def make_module(job: Job, world_size: int) -> Any:
             return self.head(self.body(batch[0])).argmax(1)
 
         def configure_optimizers(self) -> Any:
+            if job.optimizer in WRONG:
+                return WRONG[job.optimizer](self)
             kind, values = kinds[job.optimizer], {"rho": 0.95, "weight_decay": 1e-3}
             if job.module == "manual":
                 parts = self.body, nn.ModuleList([self.head, self.extra])
@@ -239,6 +265,15 @@ def run(rank: int, world_size: int, job: Job) -> dict[str, Any]:
     """Run the job on this rank of a pool."""
     become_rank(rank, world_size)
     return _run(world_size, job)
+
+
+def fail(rank: int, world_size: int, job: Job) -> tuple[str, str]:
+    """Run a job that must not work; returns what it raised here."""
+    try:
+        run(rank, world_size, job)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    raise AssertionError(f"{job} went well on rank {rank}")
 
 
 def _run(world_size: int, job: Job) -> dict[str, Any]:
