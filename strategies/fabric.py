@@ -1,0 +1,153 @@
+"""`ShardedAdadeltaFabricStrategy`: the same for a training loop of your own, with Fabric.
+
+Import this module, and `Fabric(strategy="sharded_adadelta")` knows it.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
+
+from adadelta_dist import ShardedAdadelta, ShardPolicy, collectives
+
+from . import clipping, conversion
+from .broadcast import broadcast_buffers_, broadcast_module_
+from .frameworks import fabric
+
+_WHAT = "fabric.setup"
+
+
+class _NoSync(fabric.strategies.strategy._BackwardSyncControl):
+    """What `fabric.no_backward_sync` asks."""
+
+    def __init__(self, strategy: "ShardedAdadeltaFabricStrategy") -> None:
+        self._strategy = strategy
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        """Send nothing for the parameters of this module, if enabled."""
+        return self._strategy.no_sync(module) if enabled else nullcontext()
+
+
+class ShardedAdadeltaFabricStrategy(fabric.strategies.DDPStrategy):
+    """Data parallel training whose optimizers average gradients and shard their own state.
+
+    `model, optimizer = fabric.setup(model, optimizer)` makes a `torch.optim.Adadelta` a
+    `ShardedAdadelta` in place, so that schedulers built on it go on. The module is not
+    wrapped. Clip with `fabric.clip_gradients`, accumulate within `fabric.no_backward_sync`.
+    `fabric.save` writes torch's own state dict, `fabric.load` takes it at any world size.
+
+    Args:
+        policy: how the optimizers that are converted communicate.
+        broadcast_buffers: give all ranks rank 0's buffers, as DistributedDataParallel does.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision,
+            process_group_backend, timeout, start_method: as Fabric's `DDPStrategy`.
+
+    Raises:
+        TypeError: on every rank, if `setup` is given another optimizer.
+    """
+
+    def __init__(
+        self,
+        policy: ShardPolicy = ShardPolicy(),
+        broadcast_buffers: bool = True,
+        accelerator: "fabric.accelerators.Accelerator | None" = None,
+        parallel_devices: list[Any] | None = None,
+        cluster_environment: "fabric.plugins.ClusterEnvironment | None" = None,
+        checkpoint_io: "fabric.plugins.CheckpointIO | None" = None,
+        precision: "fabric.plugins.Precision | None" = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision=precision,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self._policy, self._broadcasts_buffers = policy, broadcast_buffers
+        self._backward_sync_control = _NoSync(self)  # type: ignore[assignment]
+        self._sharded: list[ShardedAdadelta] = []
+        self._blocked = False
+
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        """Shard the optimizers; broadcast what they leave of the module. Collective."""
+        group = collectives.join(None)
+        sharded = conversion.shard_all_(optimizers, group, self._policy, _WHAT)
+        self._sharded.extend(sharded)
+        self._broadcast(module, sharded)
+        return module, list(sharded), scheduler
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Broadcast the module. Collective."""
+        self._broadcast(module, [])
+        return module
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Shard one optimizer. Collective."""
+        group = collectives.join(None)
+        (sharded,) = conversion.shard_all_([optimizer], group, self._policy, _WHAT)
+        self._sharded.append(sharded)
+        return sharded
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Within it, backward sends nothing for the parameters of this module."""
+        own = set(module.parameters())
+        stack = ExitStack()
+        for optimizer in self._sharded:
+            if not own.isdisjoint(clipping.parameters(optimizer)):
+                stack.enter_context(optimizer.no_sync())
+        return stack
+
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        """Clip the averaged gradients; returns their global norm. Collective."""
+        assert isinstance(optimizer, ShardedAdadelta)
+        return optimizer.clip_grad_norm_(float(max_norm), float(norm_type), error_if_nonfinite)
+
+    def clip_gradients_value(
+        self, module: nn.Module, optimizer: Optimizer, clip_val: float
+    ) -> None:
+        """Clamp the averaged gradients. Collective."""
+        clipping.clip_grad_value_(optimizer, clip_val)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Add "sharded_adadelta"."""
+        strategy_registry.register(
+            "sharded_adadelta", cls, description="Adadelta, sharded as in ZeRO stage 1"
+        )
+
+    def _broadcast(self, module: nn.Module, done: Sequence[Optimizer]) -> None:
+        group = collectives.join(None)
+        broadcast_module_(group, module, [p for o in done for p in clipping.parameters(o)])
+        if self._broadcasts_buffers:
+            module.register_forward_pre_hook(_BufferBroadcast())
+
+
+class _BufferBroadcast:
+    """A forward pre-hook that gives buffers rank 0's values where gradients are made."""
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if torch.is_grad_enabled():
+            broadcast_buffers_(collectives.join(None), module)
+
+
+ShardedAdadeltaFabricStrategy.register_strategies(fabric.strategies.STRATEGY_REGISTRY)
