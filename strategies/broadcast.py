@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -35,10 +36,28 @@ def broadcast_module_(group: Group, module: nn.Module, done: Iterable[Tensor] = 
     broadcast_(buffers.values(), group)
 
 
-def broadcast_buffers_(group: Group, module: nn.Module) -> None:
-    """Give buffers rank 0's values, in one message a device. Collective."""
-    names = _ignored(module)
-    broadcast_([b for name, b in module.named_buffers() if name not in names], group)
+@dataclass
+class BufferBroadcast:
+    """When buffers get rank 0's values: before the forward that follows a synced one.
+
+    Args:
+        enabled: whether they do at all.
+    """
+
+    enabled: bool
+    _differ: bool = False
+
+    def before_forward_(self, module: nn.Module, *, synced: bool) -> None:
+        """Broadcast buffers where they may differ, in one message a device. Collective.
+
+        Args:
+            synced: gradients of this forward will be averaged.
+        """
+        if self.enabled and self._differ:
+            names = _ignored(module)
+            buffers = [b for name, b in module.named_buffers() if name not in names]
+            broadcast_(buffers, collectives.join(None))
+        self._differ = synced
 
 
 def _ignored(module: nn.Module) -> set[str]:

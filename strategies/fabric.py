@@ -3,8 +3,8 @@
 Import this module, and `Fabric(strategy="sharded_adadelta")` knows it.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from adadelta_dist import ShardedAdadelta, ShardPolicy, collectives
 
 from . import clipping, conversion
-from .broadcast import broadcast_buffers_, broadcast_module_
+from .broadcast import BufferBroadcast, broadcast_module_
 from .frameworks import fabric
 
 _WHAT = "fabric.setup"
@@ -33,7 +33,7 @@ class _NoSync(fabric.strategies.strategy._BackwardSyncControl):
         return self._strategy.no_sync(module) if enabled else nullcontext()
 
 
-class ShardedAdadeltaFabricStrategy(fabric.strategies.DDPStrategy):
+class ShardedAdadeltaFabricStrategy(fabric.strategies.ddp.DDPStrategy):
     """Data parallel training whose optimizers average gradients and shard their own state.
 
     `model, optimizer = fabric.setup(model, optimizer)` makes a `torch.optim.Adadelta` a
@@ -55,7 +55,7 @@ class ShardedAdadeltaFabricStrategy(fabric.strategies.DDPStrategy):
         self,
         policy: ShardPolicy = ShardPolicy(),
         broadcast_buffers: bool = True,
-        accelerator: "fabric.accelerators.Accelerator | None" = None,
+        accelerator: "fabric.accelerators.accelerator.Accelerator | None" = None,
         parallel_devices: list[Any] | None = None,
         cluster_environment: "fabric.plugins.ClusterEnvironment | None" = None,
         checkpoint_io: "fabric.plugins.CheckpointIO | None" = None,
@@ -75,7 +75,7 @@ class ShardedAdadeltaFabricStrategy(fabric.strategies.DDPStrategy):
             start_method=start_method,
         )
         self._policy, self._broadcasts_buffers = policy, broadcast_buffers
-        self._backward_sync_control = _NoSync(self)  # type: ignore[assignment]
+        self._backward_sync_control = _NoSync(self)
         self._sharded: list[ShardedAdadelta] = []
         self._blocked = False
 
@@ -89,7 +89,7 @@ class ShardedAdadeltaFabricStrategy(fabric.strategies.DDPStrategy):
         self._broadcast(module, sharded)
         return module, list(sharded), scheduler
 
-    def setup_module(self, module: nn.Module) -> nn.Module:
+    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
         """Broadcast the module. Collective."""
         self._broadcast(module, [])
         return module
@@ -101,14 +101,17 @@ class ShardedAdadeltaFabricStrategy(fabric.strategies.DDPStrategy):
         self._sharded.append(sharded)
         return sharded
 
-    def no_sync(self, module: nn.Module) -> AbstractContextManager[Any]:
+    @contextmanager
+    def no_sync(self, module: nn.Module) -> Iterator[None]:
         """Within it, backward sends nothing for the parameters of this module."""
-        own = set(module.parameters())
-        stack = ExitStack()
-        for optimizer in self._sharded:
-            if not own.isdisjoint(clipping.parameters(optimizer)):
-                stack.enter_context(optimizer.no_sync())
-        return stack
+        own, before = set(module.parameters()), self._blocked
+        self._blocked = True
+        with ExitStack() as stack:
+            for optimizer in self._sharded:
+                if not own.isdisjoint(clipping.parameters(optimizer)):
+                    stack.enter_context(optimizer.no_sync())
+            stack.callback(setattr, self, "_blocked", before)
+            yield
 
     def clip_gradients_norm(
         self,
@@ -138,16 +141,14 @@ class ShardedAdadeltaFabricStrategy(fabric.strategies.DDPStrategy):
     def _broadcast(self, module: nn.Module, done: Sequence[Optimizer]) -> None:
         group = collectives.join(None)
         broadcast_module_(group, module, [p for o in done for p in clipping.parameters(o)])
-        if self._broadcasts_buffers:
-            module.register_forward_pre_hook(_BufferBroadcast())
+        if next(module.buffers(), None) is None:
+            return
+        buffers = BufferBroadcast(self._broadcasts_buffers)
 
+        def before_forward(module: nn.Module, _: Any) -> None:
+            buffers.before_forward_(module, synced=torch.is_grad_enabled() and not self._blocked)
 
-class _BufferBroadcast:
-    """A forward pre-hook that gives buffers rank 0's values where gradients are made."""
-
-    def __call__(self, module: nn.Module, _: Any) -> None:
-        if torch.is_grad_enabled():
-            broadcast_buffers_(collectives.join(None), module)
+        module.register_forward_pre_hook(before_forward)
 
 
 ShardedAdadeltaFabricStrategy.register_strategies(fabric.strategies.STRATEGY_REGISTRY)

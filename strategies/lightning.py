@@ -17,7 +17,7 @@ from adadelta_dist import ShardPolicy, collectives
 from adadelta_dist.agreement import agreement
 
 from . import clipping, conversion, sharded_checkpoint
-from .broadcast import broadcast_buffers_, broadcast_module_
+from .broadcast import BufferBroadcast, broadcast_module_
 from .frameworks import fabric, pl
 
 _WHAT = "configure_optimizers"
@@ -75,8 +75,7 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
             start_method=start_method,
         )
         self._policy, self._checkpoint = policy, checkpoint
-        self._broadcasts_buffers = broadcast_buffers
-        self._buffers_differ = False
+        self._buffers = BufferBroadcast(broadcast_buffers)
         self._blocked = False
 
     def setup_distributed(self) -> None:
@@ -114,14 +113,15 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         self.precision_plugin.clip_gradients = _clip_gradients  # type: ignore[method-assign]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The training step, after buffers were made equal if the last step was a synced one."""
-        self._broadcast_buffers()
-        self._buffers_differ = not self._blocked
+        """The training step, with rank 0's buffers if the last one was a synced one."""
+        assert self.model is not None
+        self._buffers.before_forward_(self.model, synced=not self._blocked)
         return super().training_step(*args, **kwargs)
 
     def on_validation_start(self) -> None:
         """Validate with rank 0's buffers, as DistributedDataParallel would."""
-        self._broadcast_buffers()
+        assert self.model is not None
+        self._buffers.before_forward_(self.model, synced=False)
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
@@ -130,8 +130,8 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         with ExitStack() as stack:
             for optimizer in self.optimizers:
                 stack.enter_context(_bare(optimizer).no_sync())
+            stack.callback(setattr, self, "_blocked", before)
             yield
-        self._blocked = before
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state to save: whole on rank 0, or this rank's slices. Collective."""
@@ -217,12 +217,6 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
                 description="Adadelta, sharded as in ZeRO stage 2",
                 policy=ShardPolicy(**stage_2),
             )
-
-    def _broadcast_buffers(self) -> None:
-        if self._broadcasts_buffers and self._buffers_differ:
-            assert self.model is not None
-            broadcast_buffers_(collectives.join(None), self.model)
-            self._buffers_differ = False
 
     def _refuse_none(self) -> None:
         if any(isinstance(o, pl.core.optimizer._MockOptimizer) for o in self.optimizers):
