@@ -8,9 +8,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from adadelta_dist import collectives
+from adadelta_dist import collectives, groups
 from adadelta_dist.agreement import agreement
-from adadelta_dist.collectives import Group
+from adadelta_dist.groups import Group
 
 
 def broadcast_module_(group: Group, module: nn.Module, done: Iterable[Tensor] = ()) -> None:
@@ -56,7 +56,7 @@ class BufferBroadcast:
         if self.enabled and self._differ:
             names = _ignored(module)
             buffers = [b for name, b in module.named_buffers() if name not in names]
-            broadcast_(buffers, collectives.join(None))
+            broadcast_(buffers, groups.join(None))
         self._differ = synced
 
 

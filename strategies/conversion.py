@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from adadelta_dist import Adadelta, RankError, ShardedAdadelta, ShardPolicy
 from adadelta_dist.agreement import agreement
-from adadelta_dist.collectives import Group
+from adadelta_dist.groups import Group
 
 _TO_CONVERT = (torch.optim.Adadelta, Adadelta)  # exactly: a subclass has code of its own
 

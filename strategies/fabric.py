@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
-from adadelta_dist import ShardedAdadelta, ShardPolicy, collectives
+from adadelta_dist import ShardedAdadelta, ShardPolicy, groups
 
 from . import clipping, conversion
 from .broadcast import BufferBroadcast, broadcast_module_
@@ -83,7 +83,7 @@ class ShardedAdadeltaFabricStrategy(fabric.strategies.ddp.DDPStrategy):
         self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
         """Shard the optimizers; broadcast what they leave of the module. Collective."""
-        group = collectives.join(None)
+        group = groups.join(None)
         sharded = conversion.shard_all_(optimizers, group, self._policy, _WHAT)
         self._sharded.extend(sharded)
         self._broadcast(module, sharded)
@@ -96,7 +96,7 @@ class ShardedAdadeltaFabricStrategy(fabric.strategies.ddp.DDPStrategy):
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Shard one optimizer. Collective."""
-        group = collectives.join(None)
+        group = groups.join(None)
         (sharded,) = conversion.shard_all_([optimizer], group, self._policy, _WHAT)
         self._sharded.append(sharded)
         return sharded
@@ -139,7 +139,7 @@ class ShardedAdadeltaFabricStrategy(fabric.strategies.ddp.DDPStrategy):
         )
 
     def _broadcast(self, module: nn.Module, done: Sequence[Optimizer]) -> None:
-        group = collectives.join(None)
+        group = groups.join(None)
         broadcast_module_(group, module, [p for o in done for p in clipping.parameters(o)])
         if next(module.buffers(), None) is None:
             return

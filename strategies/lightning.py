@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
-from adadelta_dist import ShardPolicy, collectives
+from adadelta_dist import ShardPolicy, groups
 from adadelta_dist.agreement import agreement
 
 from . import clipping, conversion, sharded_checkpoint
@@ -94,7 +94,7 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
         """Build the user's optimizers and shard them; broadcast what they leave. Collective."""
         error = None
-        group = collectives.join(None)
+        group = groups.join(None)
         try:
             super().setup_optimizers(trainer)
             self._refuse_none()
@@ -146,7 +146,7 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         """Write a file or a folder that is there as a whole or not at all. Collective."""
-        group, filepath = collectives.join(None), self.broadcast(filepath)
+        group, filepath = groups.join(None), self.broadcast(filepath)
         if self._checkpoint == "sharded":
             if storage_options is not None:
                 raise TypeError("storage_options: a sharded checkpoint does not use CheckpointIO")
@@ -161,7 +161,7 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a file or a folder. Collective."""
-        group, checkpoint_path = collectives.join(None), self.broadcast(checkpoint_path)
+        group, checkpoint_path = groups.join(None), self.broadcast(checkpoint_path)
         path, checkpoint = Path(checkpoint_path), {}
         with agreement(group, f"loading {path}") as mine:
             folder = sharded_checkpoint.is_folder(path)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write
 
 from adadelta_dist import ShardedAdadelta
 from adadelta_dist.agreement import agreement
-from adadelta_dist.collectives import Group
+from adadelta_dist.groups import Group
 
 _META = "meta.pt"
 
