@@ -25,5 +25,5 @@ clean:
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[cli,lightning,examples,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[all]'
 	touch $(READY)

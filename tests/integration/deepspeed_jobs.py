@@ -1,0 +1,137 @@
+"""What ranks run in the DeepSpeed tests: several trainings a call, for it starts slowly."""
+
+import os
+import warnings
+
+import torch
+from torch.nn.functional import mse_loss
+
+FEATURES, TARGETS, BATCH = 7, 5, 8
+HYPERPARAMETERS = {"lr": 1.0, "rho": 0.9, "eps": 1e-3}
+
+NOT_OURS = (
+    # importing torch's compiler, which DeepSpeed does for its Muon optimizer
+    "`torch.jit.script_method` is deprecated",
+    # torch 2.13 gave these two other names, DeepSpeed still calls them by the old ones
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+)
+
+
+def prepare(rank, world_size):
+    """What DeepSpeed reads from the environment, in a process that has its process group."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"DS_ACCELERATOR": "cpu"}
+    for message in NOT_OURS:
+        warnings.filterwarnings("ignore", message=message)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    return deepspeed
+
+
+def network(seed=0):
+    """Odd sizes, so that shards end within tensors and need padding."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(
+            torch.nn.Linear(FEATURES, 13), torch.nn.Tanh(), torch.nn.Linear(13, TARGETS)
+        )
+
+
+def global_batch(step):
+    generator = torch.Generator().manual_seed(1000 + step)
+    inputs = torch.randn(BATCH, FEATURES, generator=generator)
+    return inputs, 3 * torch.randn(BATCH, TARGETS, generator=generator)
+
+
+def parameter_groups(model, several):
+    if not several:
+        return list(model.parameters())
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    biases = [p for p in model.parameters() if p.dim() == 1]
+    return [{"params": weights}, {"params": biases, "lr": 0.5, "weight_decay": 0.0}]
+
+
+def shares(step, rank, world_size, accumulation):
+    """This rank's micro-batches of a global batch."""
+    inputs, targets = global_batch(step)
+    size = BATCH // (world_size * accumulation)
+    for micro in range(accumulation):
+        start = (micro * world_size + rank) * size
+        yield inputs[start : start + size], targets[start : start + size]
+
+
+def run_steps(engine, rank, world_size, steps, dtype=torch.float32):
+    """Train; the mean loss of this rank's micro-batches, step by step."""
+    accumulation = engine.gradient_accumulation_steps()
+    losses = []
+    for step in steps:
+        total = 0.0
+        for inputs, targets in shares(step, rank, world_size, accumulation):
+            loss = mse_loss(engine(inputs.to(dtype)).float(), targets)
+            engine.backward(loss)
+            engine.step()
+            total += loss.item() / accumulation
+        losses.append(total)
+    return losses
+
+
+def config(stage=1, *, kind=None, params=None, offload=False, accumulation=1, **more):
+    kind = kind or ("FusedAdadelta" if stage else "ShardedAdadelta")
+    zero = {"stage": stage}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_batch_size": BATCH,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        "optimizer": {
+            "type": kind,
+            "params": {"lr": 1.0, "rho": 0.9, "eps": 1e-3, **(params or {})},
+        },
+        "zero_optimization": zero,
+    } | more
+
+
+def build(settings, model=None, several=False, **more):
+    from adadelta_dist.strategies.deepspeed import initialize
+
+    model = model or network()
+    return initialize(
+        model=model, model_parameters=parameter_groups(model, several), config=settings, **more
+    )
+
+
+def train(rank, world_size, cases, steps):
+    """The losses of each case {"settings": ..., "several": ...}, and its first group's lr."""
+    prepare(rank, world_size)
+    results = []
+    for case in cases:
+        settings = case["settings"]
+        half = settings.get("bf16", {}).get("enabled", False)
+        engine = build(settings, several=case.get("several", False))[0]
+        dtype = torch.bfloat16 if half else torch.float32
+        losses = run_steps(engine, rank, world_size, range(steps), dtype)
+        results.append({"losses": losses, "lr": engine.get_lr()[0]})
+    return results
+
+
+def train_alone(steps, *, several=False, clip=0.0, decay=1.0, **params):
+    """The losses in this process with `torch.optim.Adadelta`; lr times `decay` each step."""
+    model = network()
+    options = HYPERPARAMETERS | params
+    optimizer = torch.optim.Adadelta(parameter_groups(model, several), **options)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
+    losses = []
+    for step in range(steps):
+        inputs, targets = global_batch(step)
+        optimizer.zero_grad()
+        loss = mse_loss(model(inputs), targets)
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses
