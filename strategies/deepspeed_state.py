@@ -36,7 +36,7 @@ def adopt_universal(
                         "Adadelta's. Load it with load_optimizer_states=False."
                     )
                 _rename(entry)
-    _restore_groups(groups)
+    restore_groups(groups)
 
 
 def _rename(entry: dict[str, Any]) -> None:
@@ -46,7 +46,8 @@ def _rename(entry: dict[str, Any]) -> None:
     entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.get_default_dtype())
 
 
-def _restore_groups(groups: Sequence[dict[str, Any]]) -> None:
+def restore_groups(groups: Sequence[dict[str, Any]]) -> None:
+    """Give every group what it had when it was saved, where stage 3 gave it the first one's."""
     saved: Sequence[Mapping[str, Any]] | None = None
     for group in groups:
         saved = group.pop(GROUPS_KEY, saved)

@@ -26,7 +26,7 @@ def prepare(rank, world_size):
         warnings.filterwarnings("ignore", message=message)
     import deepspeed
 
-    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.utils.logger.setLevel("ERROR")
     return deepspeed
 
 
@@ -35,7 +35,7 @@ def network(seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return torch.nn.Sequential(
-            torch.nn.Linear(FEATURES, 13), torch.nn.Tanh(), torch.nn.Linear(13, TARGETS)
+            torch.nn.Linear(FEATURES, 33), torch.nn.Tanh(), torch.nn.Linear(33, TARGETS)
         )
 
 
