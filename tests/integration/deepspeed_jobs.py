@@ -26,6 +26,9 @@ def prepare(rank, world_size):
         warnings.filterwarnings("ignore", message=message)
     import deepspeed
 
+    # Without its optional all-reduce by shared memory, which it would compile for a minute, and
+    # which a process that is killed meanwhile leaves locked for all others.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")
     return deepspeed
 

@@ -1,0 +1,142 @@
+"""Lightning's own DeepSpeedStrategy with our JSON, after `register()`.
+
+It insists on CUDA in three places; `OnCpu` overrides those and nothing else.
+"""
+
+import os
+import warnings
+
+import deepspeed_jobs as jobs
+import pytest
+import torch
+from ranks import Ranks
+from torch.utils.data import DataLoader, Dataset
+
+STEPS = 4
+DEADLINE = 240.0
+
+REMARKS = (  # Lightning's, on jobs as small as these
+    ".*does not have many workers.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    "When saving the DeepSpeed Stage 3 checkpoint, each worker will save a shard.*",
+)
+
+
+class Batches(Dataset):
+    """This rank's share of each global batch, as one item."""
+
+    def __init__(self, rank, world_size):
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self):
+        return STEPS
+
+    def __getitem__(self, step):
+        return next(jobs.shares(step, self.rank, self.world_size, 1))
+
+
+def fit(rank, world_size, stages, folder):
+    jobs.prepare(rank, world_size)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for remark in REMARKS:
+        warnings.filterwarnings("ignore", message=remark)
+    import deepspeed
+    import lightning.pytorch as pl
+    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+    from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+
+    from adadelta_dist.strategies.deepspeed import register, unregister
+
+    class OnCpu(DeepSpeedStrategy):
+        def setup_environment(self):
+            Strategy.setup_environment(self)  # without the question for CUDA
+            self.setup_distributed()
+
+        def setup_distributed(self):
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+
+        def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            return deepspeed.initialize(
+                config=self.config,
+                model=model,
+                model_parameters=parameters,
+                optimizer=optimizer,
+                lr_scheduler=lr_scheduler,
+                dist_init_required=False,
+            )[:2]
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = jobs.network()
+
+        def training_step(self, batch, _):
+            inputs, targets = batch
+            loss = torch.nn.functional.mse_loss(self.net(inputs), targets)
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            raise AssertionError("the optimizer is named in the JSON")
+
+    class Losses(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            self.seen.append(outputs["loss"].item())
+
+    class Environment(LightningEnvironment):
+        creates_processes_externally = True
+
+    results = {}
+    register()
+    try:
+        for stage in stages:
+            config = jobs.config(stage)
+            del config["train_batch_size"], config["gradient_accumulation_steps"]
+            config["train_micro_batch_size_per_gpu"] = jobs.BATCH // world_size
+            strategy = OnCpu(config=config)
+            losses = Losses()
+            saver = ModelCheckpoint(f"{folder}/{stage}", filename="last", save_top_k=-1)
+            trainer = pl.Trainer(
+                accelerator="cpu",
+                devices=world_size,
+                strategy=strategy,
+                plugins=[Environment()],
+                max_epochs=1,
+                callbacks=[losses, saver],
+                use_distributed_sampler=False,
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(Module(), DataLoader(Batches(rank, world_size), batch_size=None))
+            kind = type(strategy.model.basic_optimizer).__name__
+            results[stage] = losses.seen, kind, sorted(os.listdir(f"{folder}/{stage}/last.ckpt"))
+    finally:
+        unregister()
+    return results
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    ranks = Ranks(2)
+    try:
+        folder = str(tmp_path_factory.mktemp("lightning"))
+        return ranks.run(fit, 2, [0, 1, 2, 3], folder, deadline=DEADLINE)
+    finally:
+        ranks.close()
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_trainer_takes_the_steps_of_one_process(fitted, stage):
+    losses = [sum(step) / 2 for step in zip(*(r[stage][0] for r in fitted), strict=True)]
+    assert losses == pytest.approx(jobs.train_alone(STEPS), rel=1e-5)
+    for _, kind, files in (of_rank[stage] for of_rank in fitted):
+        assert kind == ("FusedAdadelta" if stage else "StageZeroAdadelta")
+        assert "checkpoint" in files, "DeepSpeed's own folder"
