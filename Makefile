@@ -10,7 +10,7 @@ demo: $(READY)  ## train on 2 ranks, resume on 1, leave runs/demo/curves.png
 	$(BIN)/python examples/train_torchrun.py --out runs/demo --resume runs/demo/checkpoint.pt --epochs 14
 
 test: $(READY)  ## all tests, with real processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: $(READY)  ## style, format, types
 	$(BIN)/ruff check .

@@ -91,7 +91,8 @@ def resume(rank, world_size, root, cases, out):
         _, client = engine.load_checkpoint(f"{root}/{name}")
         engine.save_checkpoint(f"{root}/{out}/{name}, as {stage}")
         losses = run_case(engine, rank, world_size, name, AFTER)
-        results[name, stage] = losses, client["note"], engine.global_steps
+        steps = {float(entry["step"]) for entry in engine.basic_optimizer.state.values()}
+        results[name, stage] = losses, client["note"], engine.global_steps, steps
     return results
 
 
@@ -177,7 +178,7 @@ def test_another_world_size_has_the_same_accumulators_and_goes_on(resumed, which
     # bf16 gradients of a batch cut otherwise differ by their rounding.
     rel = 2e-3 if "bf16" in which[2] else 1e-5
     assert result["resumed"] == pytest.approx(result["uninterrupted"], rel=rel)
-    assert result["rest"] == (which[2], 6)
+    assert result["rest"] == (which[2], 6, {6.0})
 
 
 def names_of(group):
