@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adadelta_dist import Adadelta, ShardedAdadelta, ShardPolicy
 from adadelta_dist.agreement import agreement
-from adadelta_dist.collectives import join
+from adadelta_dist.groups import join
 
 from .deepspeed_state import adopt_universal
 
