@@ -207,7 +207,7 @@ class FlatBucket:
             if grad is None or seen is None:
                 same = grad is seen
             elif version < 0:
-                same = grad.is_set_to(self._places[i])
+                same = _is_set_to(grad, self._places[i])
             else:
                 same = grad is seen and grad._version == version
             if not same:
@@ -270,7 +270,7 @@ class FlatBucket:
 
 
 def _is_set_to(grad: Tensor | None, place: Tensor) -> bool:
-    return grad is not None and grad.is_set_to(place)
+    return grad is not None and grad.layout == torch.strided and grad.is_set_to(place)
 
 
 def _references(tensor: Tensor) -> int:

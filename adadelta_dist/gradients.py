@@ -9,12 +9,12 @@ from torch import Tensor
 
 from . import fingerprint, groups, state
 from .clipping import clip_shards_
+from .joining import Joining
 from .policy import ShardPolicy
 from .reducer import GradientReducer
-from .state_dicts import StateDicts
 
 
-class ShardedGradients(StateDicts):
+class ShardedGradients(Joining):
     """An optimizer whose gradients are averaged over the ranks, each of which gets a shard."""
 
     _policy: ShardPolicy
@@ -50,6 +50,10 @@ class ShardedGradients(StateDicts):
             ValueError: `norm_type` is not positive.
             RuntimeError: the norm is not finite and `error_if_nonfinite`.
         """
+        self._announce("_clip", max_norm, norm_type, error_if_nonfinite)
+        return self._clip(max_norm, norm_type, error_if_nonfinite)
+
+    def _clip(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
         error = None
         if not norm_type > 0:
             error = ValueError(f"norm_type must be positive or infinity, got {norm_type}")
@@ -95,6 +99,7 @@ class ShardedGradients(StateDicts):
         if not places:
             error = ValueError("grad_shard: the tensor is not a parameter of this optimizer")
         named = places[0][0].bucket.names[places[0][1]] if places else "nothing"
+        self._announce("_reduce", f"grad_shard({named})", None)
         self._reduce(f"grad_shard({named})", error)
         shard, i = places[0]
         shard.bucket.wait()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.join import Joinable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
@@ -154,6 +155,8 @@ class ShardedAdadelta(ShardedGradients):
         # So that GradScaler comes to `step`, rather than deciding by this rank's `p.grad`.
         self._step_supports_amp_scaling = group.world_size > 1 or policy.stage == 2
         self._consolidated = None
+        self._announced = False
+        Joinable.__init__(self)
 
     def _check_params(self) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
@@ -180,6 +183,18 @@ class ShardedAdadelta(ShardedGradients):
         if not self._installed:
             super()._update()
             return
+        inverse_scale, is_scaled = scaling.inverse_scale(self), scaling.is_scaled(self)
+        self._announce("_step_all", inverse_scale, is_scaled)
+        with scaling.forgotten_on_error(self):
+            self._step_all(inverse_scale, is_scaled)
+
+    def _step_all(self, inverse_scale: float, is_scaled: bool) -> None:
+        """Reduce, and update or skip. Collective.
+
+        Args:
+            inverse_scale: what the gradients are to be multiplied by.
+            is_scaled: whether a `GradScaler` has called.
+        """
         self._consolidated = None
         fused: list[bool] = []
         error: Exception | None = None
@@ -191,19 +206,16 @@ class ShardedAdadelta(ShardedGradients):
             state.reclaim(self._shards, self.state)
         except Exception as raised:
             error = raised
-        inverse_scale = scaling.inverse_scale(self)
-        with scaling.forgotten_on_error(self):
-            self._reduce(f"step of gradients times {inverse_scale}", error)
-            if self._is_to_be_skipped():
-                self.skipped_steps += 1
-            else:
-                self._step_shards(fused, inverse_scale)
+        self._reduce(f"step of gradients times {inverse_scale}", error)
+        if (self._policy.skip_nonfinite or is_scaled) and self._is_nonfinite():
+            self.skipped_steps += 1
+        else:
+            self._step_shards(fused, inverse_scale)
+        self._announced = False
         self._reducer.reset()
 
-    def _is_to_be_skipped(self) -> bool:
-        """Whether a gradient is not finite, where anybody asks for that. Collective."""
-        if not (self._policy.skip_nonfinite or scaling.is_scaled(self)):
-            return False
+    def _is_nonfinite(self) -> bool:
+        """Whether a gradient is not finite on any rank. Collective."""
         for shard in self._shards:
             shard.bucket.wait()
         grads = [shard.bucket.grad_shard for shard in self._shards]

@@ -41,6 +41,7 @@ ORDER = [
     "state",
     "shard_step",
     "state_dicts",
+    "joining",
     "reducer",
     "in_order",
     "grad_sharding",
