@@ -151,6 +151,17 @@ def average_replicas(group: Group, shard: Tensor) -> None:
         shard.div_(group.replicas.world_size)
 
 
+def average(group: Group, flat: Tensor) -> Tensor:
+    """The mean over all ranks of `flat`, which is contiguous. Collective."""
+    mean = flat.clone()
+    count = 1
+    for ranks in (group, group.replicas):
+        if ranks is not None:
+            dist.all_reduce(mean, group=ranks.process_group)
+            count *= ranks.world_size
+    return mean.div_(count)
+
+
 def broadcast(group: Group, flat: Tensor) -> None:
     """Overwrite `flat` (contiguous) with that of rank 0 (of the first replica). Collective."""
     if group.replicas is not None:

@@ -62,6 +62,7 @@ class ShardedGradients(Joining):
                 raise error
             params = [p for g in self.param_groups for p in g["params"]]
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
+        self._check_sharded("clip_grad_norm_", "an average and a norm that gradients flow through")
         self._reducer.clipped = False  # an earlier clip, whose step was skipped
         self._reduce(f"clip_grad_norm_({max_norm}, {norm_type}, {error_if_nonfinite})", error)
         self._reducer.clipped = True
@@ -94,8 +95,7 @@ class ShardedGradients(Joining):
             if q is p
         ]
         error: Exception | None = None
-        if not self._installed:
-            raise RuntimeError("grad_shard with differentiable=True: gradients are in p.grad")
+        self._check_sharded("grad_shard", "p.grad")
         if not places:
             error = ValueError("grad_shard: the tensor is not a parameter of this optimizer")
         named = places[0][0].bucket.names[places[0][1]] if places else "nothing"

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from . import collectives, fingerprint, functional, groups, scaling, state
 from .agreement import agreement
 from .buckets import FlatBucket, make_buckets
+from .differentiable import averaged_grads
 from .grad_sharding import FreedBucket, ShardingReducer
 from .gradients import ShardedGradients
 from .groups import Group
@@ -36,7 +37,8 @@ class ShardedAdadelta(ShardedGradients):
 
     Args:
         params, lr, rho, eps, weight_decay, foreach, capturable, maximize, differentiable:
-            as `torch.optim.Adadelta`; `differentiable` with one rank only.
+            as `torch.optim.Adadelta`. With `differentiable` nothing is sharded or broadcast:
+            each rank takes the whole step on averaged gradients, through which gradients flow.
         fused: as `Adadelta`.
         process_group: the ranks to shard over; None: the default group, or this process
             alone if there is none.
@@ -84,11 +86,6 @@ class ShardedAdadelta(ShardedGradients):
                 raise ValueError(
                     f"differentiable=True with skip_nonfinite={policy.skip_nonfinite}, "
                     f"stage={policy.stage}: it needs whole gradients, and to take every step"
-                )
-            if differentiable and group.world_size > 1:
-                raise NotImplementedError(
-                    f"differentiable=True at world size {group.world_size}: gradients through the "
-                    "collectives are not supported. Use one process, or differentiable=False."
                 )
             self._prepare(group, policy)
             super().__init__(
@@ -180,8 +177,12 @@ class ShardedAdadelta(ShardedGradients):
         self._installed = True
 
     def _update(self) -> None:
-        if not self._installed:
+        if not self._installed and self._group.world_size == 1:
             super()._update()
+            return
+        if not self._installed:
+            with averaged_grads(self._group, self.param_groups):
+                super()._update()
             return
         inverse_scale, is_scaled = scaling.inverse_scale(self), scaling.is_scaled(self)
         self._announce("_step_all", inverse_scale, is_scaled)

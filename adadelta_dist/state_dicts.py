@@ -73,6 +73,7 @@ class StateDicts(Adadelta):
             self._check_rank("src", src)
             self.load_state_dict(state_dict or {})
             return
+        self._check_sharded("scatter_state_dict", "load_state_dict on every rank")
         groups: list[dict[str, Any]] = []
         values: dict[Tensor, Any] = {}
         with agreement(self._group, "scatter_state_dict") as mine:
@@ -162,6 +163,12 @@ class StateDicts(Adadelta):
                 if entry is not None:
                     whole[p] = entry
         return whole if self._group.number == dst else None
+
+    def _check_sharded(self, what: str, remedy: str) -> None:
+        if not self._installed:
+            raise RuntimeError(
+                f"{what} with differentiable=True, which shards nothing: use {remedy}"
+            )
 
     def _check_rank(self, argument: str, rank: int) -> None:
         if not 0 <= rank < self._group.world_size:

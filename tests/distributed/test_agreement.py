@@ -85,16 +85,6 @@ def test_a_wrong_value_everywhere_raises_torchs_message_everywhere(pool, kwargs)
         assert (kind, message) == ("ValueError", str(torchs.value))
 
 
-def differentiable(rank):
-    return failure(lambda: ShardedAdadelta([torch.zeros(2)], differentiable=True))
-
-
-def test_differentiable_is_refused_with_a_reason(pool):
-    for kind, message, _ in pool(2).run(differentiable):
-        assert kind == "NotImplementedError"
-        assert "world size 2" in message
-
-
 def plateau(rank):
     """ReduceLROnPlateau fed with each rank's own metric: the classic silent divergence."""
     p = nn.Parameter(torch.ones(4))

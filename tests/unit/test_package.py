@@ -34,6 +34,7 @@ ORDER = [
     "collectives",
     "agreement",
     "clipping",
+    "differentiable",
     "scaling",
     "rounding",
     "precision",
