@@ -6,13 +6,21 @@ import pytest
 from ranks import Ranks
 
 
+def import_lightning(rank: int) -> None:
+    import lightning.pytorch  # noqa: F401
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], Ranks]]:
     """`pool(n)` gives the session's n processes."""
     pools: dict[int, Ranks] = {}
 
     def get(world_size: int) -> Ranks:
-        return pools.setdefault(world_size, Ranks(world_size))
+        if world_size not in pools:
+            # Ranks that import Lightning one after the other wait for each other meanwhile.
+            pools[world_size] = Ranks(world_size, timeout=120.0)
+            pools[world_size].run(import_lightning, deadline=240.0)
+        return pools[world_size]
 
     yield get
     for ranks in pools.values():
