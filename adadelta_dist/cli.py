@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ except ModuleNotFoundError as error:
 
 from . import convert as conversion
 from .inspection import Description, ParameterDescription, describe
+from .sources import is_deepspeed
 
 app = typer.Typer(
     help="Look into checkpoints, and convert them.",
@@ -55,14 +57,32 @@ def convert(
     src: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a file of torch.save.")],
     dst: Annotated[Path, typer.Argument(help="What to write; it must not exist.")],
     to: Annotated[
-        Literal["torch", "dcp"],
-        typer.Option(help="torch: one file of torch.save. dcp: a folder to resume from."),
+        Literal["torch", "dcp", "universal"],
+        typer.Option(
+            help="torch: one file of torch.save. dcp: a folder to resume from. universal: a folder "
+            "that DeepSpeed resumes from."
+        ),
     ],
 ) -> None:
     """Write a checkpoint in another form. It appears whole or not at all."""
     with _errors(), _progress_bar() as on_progress:
-        conversion.convert(src, dst, to, on_progress)
+        if to != "universal" and not is_deepspeed(src):
+            conversion.convert(src, dst, to, on_progress)
+        else:
+            _deepspeed().convert(src, dst, to, on_progress)
     print(f"wrote {_printable(dst)}")
+
+
+def _deepspeed() -> Any:
+    """The conversions that need DeepSpeed, which takes seconds to import."""
+    try:
+        return import_module(f"{__package__}.strategies.deepspeed_convert")
+    except ModuleNotFoundError as error:
+        if error.name != "deepspeed":
+            raise
+        raise ValueError(
+            "DeepSpeed's checkpoints need DeepSpeed: pip install 'adadelta-dist[deepspeed]'"
+        ) from None
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
+from . import sources
 from .content import Content, Keys, Value, foreign_state
 from .folder import disk_error, staged, verify, write_manifest, write_sums
-from .sources import read
 from .writing import StreamingWriter
 
 Progress = Callable[[int, int], None]
@@ -25,6 +25,8 @@ def convert(
     dst: str | Path,
     to: Literal["torch", "dcp"],
     on_progress: Progress | None = None,
+    *,
+    read: Callable[[Path], Content] | None = None,
 ) -> None:
     """Write the checkpoint `src` in another form, as `dst`, which appears whole or not at all.
 
@@ -38,6 +40,7 @@ def convert(
         dst: a path that does not exist, in a folder that does.
         to: the form to write.
         on_progress: called as bytes are read and written.
+        read: reads a checkpoint of another form; None: `read_intact`.
 
     Raises:
         OSError: a file cannot be read or written; `dst` exists.
@@ -48,16 +51,12 @@ def convert(
     if to not in ("torch", "dcp"):
         raise ValueError(f"to must be 'torch' or 'dcp', got {to!r}")
     with staged(dst, is_folder=to == "dcp") as temporary:
-        problems = verify(src)
-        if problems:
-            raise ValueError(f"{src} is damaged: {'; '.join(problems)}")
-        content = read(src)
-        check(content, src)
+        content = (read or read_intact)(src)
         try:
             if to == "torch":
                 _write_torch(content, temporary, _Count(on_progress, 2 * _nbytes(content)))
             else:
-                _check_names(content, src)
+                check_names(content, src)
                 _write_dcp(content, temporary, _Count(on_progress, _nbytes(content)))
         except (OSError, RuntimeError) as error:  # torch's own, when it closes a file cut short
             raise _named(disk_error(error), dst) or error from None
@@ -69,15 +68,21 @@ def _named(error: OSError | None, path: Path) -> OSError | None:
     return error
 
 
-def check(content: Content, src: Path) -> None:
-    """Whether it is Adadelta's, or a model alone.
+def read_intact(src: Path) -> Content:
+    """A checkpoint of Adadelta, or of a model alone, once its files are known to be intact.
 
     Raises:
-        ValueError: it is another optimizer's.
+        OSError: it cannot be opened.
+        ValueError: it is damaged, of another optimizer, or holds code.
     """
+    problems = verify(src)
+    if problems:
+        raise ValueError(f"{src} is damaged: {'; '.join(problems)}")
+    content = sources.read(src)
     foreign = foreign_state(content)
     if foreign:
         raise ValueError(f"{src} is of another optimizer: this holds {foreign}")
+    return content
 
 
 class _Count:
@@ -101,7 +106,12 @@ def _nbytes(content: Content) -> int:
     return sum(value.nbytes for value in content.values())
 
 
-def _check_names(content: Content, src: Path) -> None:
+def check_names(content: Content, src: Path) -> None:
+    """Whether the optimizer's parameters have names, those of the model.
+
+    Raises:
+        ValueError: they have not.
+    """
     if not content.named:
         raise ValueError(
             f"{src}: the optimizer's parameters have numbers, but no names, which a folder of "

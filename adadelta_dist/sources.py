@@ -38,6 +38,11 @@ def read(path: Path) -> Content:
         raise ValueError(f"{path} holds no state dicts as torch writes them ({reason})") from error
 
 
+def is_deepspeed(path: Path) -> bool:
+    """Whether it is a folder of DeepSpeed's: of a tag, above the tags, or universal."""
+    return (path / "latest").is_file() or any(path.glob("*mp_rank_*_model_states.pt"))
+
+
 def read_dcp(path: Path) -> Content:
     """The content of a folder of `torch.distributed.checkpoint`, ours or not.
 

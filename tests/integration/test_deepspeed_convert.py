@@ -1,0 +1,78 @@
+"""`adadelta-dist convert` from DeepSpeed's checkpoints, and to them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed_jobs import build, config, prepare, run_steps
+from ranks import Ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def save(rank, folder):
+    prepare(rank, 2)
+    engine = build(config(2), several=True)[0]
+    run_steps(engine, rank, 2, range(2))
+    engine.save_checkpoint(str(folder))
+
+
+def convert(src, dst, to):
+    command = [sys.executable, "-m", "adadelta_dist.cli", "convert", str(src), str(dst), "--to", to]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    return done.returncode, done.stderr
+
+
+def assert_equal(got, want):
+    assert got["model"].keys() == want["model"].keys()
+    for name, tensor in want["model"].items():
+        assert torch.equal(got["model"][name], tensor)
+    ours, theirs = got["optimizer"], want["optimizer"]
+    for group, other in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+        for key in ("params", "param_names", "lr", "rho", "weight_decay"):
+            assert group[key] == other[key]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for i, entry in theirs["state"].items():
+        assert all(torch.equal(ours["state"][i][key], value) for key, value in entry.items())
+
+
+def test_deepspeed_to_every_form_and_back(pool, tmp_path):
+    pool.run(save, tmp_path / "run", deadline=200.0)
+    ways = [
+        ("run", "a.pt", "torch"),
+        ("run", "folder", "dcp"),
+        ("folder", "b.pt", "torch"),
+        ("folder", "universal", "universal"),
+        ("universal", "c.pt", "torch"),
+        ("run", "universal-2", "universal"),
+        ("universal-2", "d.pt", "torch"),
+    ]
+    for src, dst, to in ways:
+        status, errors = convert(tmp_path / src, tmp_path / dst, to)
+        assert status == 0, errors
+    want = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert want["optimizer"]["state"][0]["step"] == 2
+    assert want["optimizer"]["state"][0]["square_avg"].any()
+    for file in ("b.pt", "c.pt", "d.pt"):
+        assert_equal(torch.load(tmp_path / file, weights_only=True), want)
+
+
+def test_what_cannot_become_universal_is_refused_in_one_line(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "a.pt")
+    status, errors = convert(tmp_path / "a.pt", tmp_path / "universal", "universal")
+    assert status == 1
+    assert "has no optimizer: a universal checkpoint needs both" in errors.replace("\n", " ")
+    assert [f.name for f in tmp_path.iterdir()] == ["a.pt"]
