@@ -195,6 +195,8 @@ def scatter_all(
         for shard in shards
         for p in shard.bucket.params
     ]
+    if not shards:  # of groups that are all empty
+        return
     group = shards[0].bucket.group
     told = iter(collectives.all_gather_object(group, known)[src])
     for shard in shards:

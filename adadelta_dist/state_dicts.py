@@ -4,6 +4,7 @@ state_dict()            every rank: its own slices          load_state_dict(eith
 gather_state_dict()     one rank: the whole, torch's form   scatter_state_dict(whole)
 """
 
+import pickle
 from collections import defaultdict
 from copy import deepcopy
 from typing import Any
@@ -69,11 +70,8 @@ class StateDicts(Adadelta):
             ValueError: as `load_state_dict`; `src` is no rank of the group, has no state, or
                 is not the only one that has.
         """
-        if self._group.world_size == 1:
-            self._check_rank("src", src)
-            self.load_state_dict(state_dict or {})
-            return
-        self._check_sharded("scatter_state_dict", "load_state_dict on every rank")
+        if self._group.world_size > 1:
+            self._check_sharded("scatter_state_dict", "load_state_dict on every rank")
         groups: list[dict[str, Any]] = []
         values: dict[Tensor, Any] = {}
         with agreement(self._group, "scatter_state_dict") as mine:
@@ -85,9 +83,13 @@ class StateDicts(Adadelta):
                     f"state_dict on rank {self._group.number} is {type(state_dict).__name__} of "
                     f"{len(state_dict or ())} entries, wanted {wanted}: src={src} alone has it"
                 )
-            if state_dict:
+            if state_dict and self._group.world_size > 1:
                 groups, values = self._match(state_dict)
                 state.check_whole(self._shards, values)
+                groups = _portable(groups)
+        if self._group.world_size == 1:
+            self.load_state_dict(state_dict or {})
+            return
         groups = self._groups_of(src, groups)
         state.scatter_all(self._shards, values, self.state, src)
         self._finish_loading(groups)
@@ -186,11 +188,7 @@ class StateDicts(Adadelta):
 
     def _groups_of(self, src: int, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The groups that rank `src` has matched, with this rank's own parameters. Collective."""
-        portable = [
-            {k: v.cpu() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
-            for group in groups
-        ]
-        received = collectives.all_gather_object(self._group, portable)[src]
+        received = collectives.all_gather_object(self._group, groups)[src]
         for new, old in zip(received, self.param_groups, strict=True):
             new["params"] = old["params"]
             if isinstance(old["lr"], Tensor) and isinstance(new["lr"], Tensor):
@@ -202,3 +200,13 @@ class StateDicts(Adadelta):
         super().__setstate__({"param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def _portable(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Hyperparameters as they can be sent; what cannot raises here, not in a collective."""
+    portable = [
+        {k: v.cpu() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+        for group in groups
+    ]
+    pickle.dumps(portable)
+    return portable

@@ -216,3 +216,32 @@ def slices_from_src(rank):
 def test_slices_are_no_whole_state(pool):
     for message in pool(2).run(slices_from_src):
         assert "wanted the whole state" in message
+
+
+def scatter_code(rank):
+    optimizer = ShardedAdadelta([torch.nn.Parameter(torch.ones(3))])
+    whole = optimizer.gather_state_dict()
+    if rank == 0:
+        whole["param_groups"][0]["schedule"] = lambda step: 0.1 * step
+    try:
+        optimizer.scatter_state_dict(whole or None)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_hyperparameters_that_cannot_be_sent_leave_no_rank_waiting(pool):
+    for message in pool(2).run(scatter_code):
+        assert "Can't pickle" in message
+
+
+def scatter_nothing(rank):
+    optimizer = ShardedAdadelta([{"params": []}])
+    whole = optimizer.gather_state_dict()
+    if rank == 0:
+        whole["param_groups"][0]["lr"] = 0.25
+    optimizer.scatter_state_dict(whole or None)
+    return optimizer.param_groups[0]["lr"]
+
+
+def test_groups_that_are_all_empty_have_hyperparameters(pool):
+    assert pool(2).run(scatter_nothing) == [0.25, 0.25]
