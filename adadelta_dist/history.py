@@ -39,10 +39,18 @@ def latest_checkpoint(folder: str | PathLike[str]) -> Path | None:
     return next(reversed(checkpoints_in(Path(folder))), None)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep`, and what saves that died have left."""
-    old = checkpoints_in(folder)[:-keep]
-    for path in old:  # a name of its own first: a checkpoint disappears as a whole, too
+def prune(newest: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`, and what saves that died have left.
+
+    Args:
+        newest: the checkpoint that was just saved, beside the others. It stays, though the
+            clock may say that it is older.
+        keep: at least 1. Links to checkpoints do not count.
+    """
+    folder = newest.parent
+    others = [p for p in checkpoints_in(folder) if p != newest and not p.is_symlink()]
+    for path in others[: max(len(others) - keep + 1, 0)]:
+        # A name of its own first: a checkpoint disappears as a whole, too.
         path.rename(temporary_name(path.with_name(f"{path.name}-removed")))
     for path in folder.iterdir():
         if is_incomplete(path.name):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -53,9 +54,16 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     """State dicts of both, by name; tensors are those of model and optimizer, not copies.
 
     Raises:
-        ValueError: the optimizer has a parameter that the model lacks.
+        ValueError: the optimizer has a parameter that the model lacks; the model is on the
+            meta device.
     """
     tensors = get_model_state_dict(model)
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, without values: call model.to_empty(device=...) "
+                "before the optimizer is built"
+            )
     names = named_groups(model, optimizer, tensors.keys())
     # Not the optimizer's own method, which may give a consolidated whole on one rank.
     own = torch.optim.Optimizer.state_dict(optimizer)
@@ -63,7 +71,8 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     state = {by_id[i]: entry for i, entry in own["state"].items()}
     # Whoever reads it with a state dict that has `param_names` wants them to be there.
     named = [
-        group | {"params": list(n), "param_names": list(n)}
+        {key: _plain(value) for key, value in group.items()}
+        | {"params": list(n), "param_names": list(n)}
         for group, n in zip(own["param_groups"], names, strict=True)
     ]
     return {"model": tensors, "optimizer": {"state": state, "param_groups": named}}
@@ -103,6 +112,11 @@ def named_groups(
                     "and not in the model: pass the model that the optimizer was built with"
                 )
     return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy, as schedules make them, as Python's own: no code is needed to read it."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _ids(groups: Sequence[dict[str, Any]]) -> list[Any]:

@@ -1,17 +1,20 @@
 """`save_checkpoint`: every rank writes what it owns, and the folder appears when all are done."""
 
+import atexit
 import io
 import os
-import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.utils._pytree import tree_map_only
 
 from . import collectives, folder
@@ -68,8 +71,8 @@ def save_checkpoint(
     Raises:
         FileExistsError: `path` exists.
         CheckpointError: a rank could not write, or an asynchronous save before this failed.
-        TypeError, ValueError: an optimizer of another kind or of another model; `extra` that
-            could not be read again; `keep` below 1.
+        TypeError, ValueError: an optimizer of another kind or of another model; a value, in
+            `extra` or elsewhere, that could not be read again; `keep` below 1.
         RankError: another rank failed, or has another `path`.
     """
     group = group_of(optimizer)
@@ -95,10 +98,9 @@ def async_save_checkpoint(
     """
     group = group_of(optimizer)
     settle()
-    work = _prepare(group, path, model, optimizer, extra, keep)
-    copied = tree_map_only(Tensor, _on_host, work.state)
+    work = _prepare(group, path, model, optimizer, extra, keep, copy=True)
     apart = collectives.open_background(group)
-    future = _writer.submit(_write, apart, replace(work, state=copied))
+    future = _writer.submit(_write, apart, work)
     _in_flight.append(future)
     return future
 
@@ -117,6 +119,9 @@ def settle() -> None:
             raise CheckpointError(f"the asynchronous save before this failed: {error}") from error
 
 
+atexit.register(settle)  # an error that nobody has asked for is printed, not lost
+
+
 def _prepare(
     group: Group,
     path: str | PathLike[str],
@@ -124,31 +129,58 @@ def _prepare(
     optimizer: torch.optim.Optimizer,
     extra: Any,
     keep: int | None,
+    *,
+    copy: bool = False,
 ) -> _Work:
-    """Check everything that can be checked before anything is written. Collective."""
+    """Check everything that can be checked before anything is written. Collective.
+
+    Args:
+        copy: whether to have the tensors copied to host memory.
+    """
     with agreement(group, "save_checkpoint") as mine:
-        mine.facts += [f"path={os.fspath(path)}", f"keep={keep}"]
+        path = Path(os.path.abspath(path))
+        mine.facts += [f"path={path}", f"keep={keep}"]
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1, or None to remove nothing; got {keep}")
-        path = Path(os.path.abspath(path))
         if os.path.lexists(path):
             raise FileExistsError(f"path {path} exists: remove it, or give another name")
         state = named_state(model, optimizer)
-        work = _Work(path, state, _packed(extra), type(optimizer).__name__, keep)
+        _check_readable(state)
+        packed = None if extra is None else _packed("extra", extra)
+        if copy:
+            state = tree_map_only(Tensor, _on_host, state)
+        work = _Work(path, state, packed, type(optimizer).__name__, keep)
     return work
 
 
-def _packed(extra: Any) -> bytes | None:
-    """`extra` as the bytes of a file, which are known to load again."""
-    if extra is None:
-        return None
+def _check_readable(state: dict[str, Any]) -> None:
+    """Whether what is no tensor, such as an extra state of a module, will load again."""
+    leaves, _ = flatten_state_dict(state)
+    for key, value in leaves.items():
+        if not (isinstance(value, Tensor) or type(value) in (bool, int, float, str)):
+            _packed(key, value)
+
+
+def _packed(what: str, value: Any) -> bytes:
+    """A value as the bytes of a file, which are known to load again."""
     file = io.BytesIO()
-    torch.save(extra, file)
     try:
-        load_plain(io.BytesIO(file.getvalue()), what="extra")
-    except ValueError as error:
-        raise TypeError(f"{error}. Give extra as tensors and plain values") from None
+        torch.save(value, file)
+        load_plain(io.BytesIO(file.getvalue()), what=what)
+    except Exception as error:  # pickling may run into anything
+        raise TypeError(f"{what} cannot be saved: {error}. Give tensors and plain values") from None
     return file.getvalue()
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into a sentence; that `path` exists is one already."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written: {error}") from error
 
 
 def _write(group: Group, work: _Work) -> Path:
@@ -164,11 +196,16 @@ def _write(group: Group, work: _Work) -> Path:
                 raise CheckpointError(f"path {work.path} could not be made: {error}") from error
     temporary = Path(collectives.all_gather_object(group, str(temporary))[0])
     try:
-        with agreement(group, "save_checkpoint"):
-            written = _write_files(group, work, temporary)
+        # A rank that cannot write its own files must not miss the collectives of the next block.
+        with agreement(group, "save_checkpoint"), _disk_errors(work.path):
+            written = _write_own(group, work, temporary)
+        with agreement(group, "save_checkpoint"), _disk_errors(work.path):
+            written += _write_tensors(group, work, temporary)
+            for name in written:
+                folder.sync(temporary / name)
             sums = folder.sums_of(temporary, written)
         everyones = collectives.all_gather_object(group, sums)
-        with agreement(group, "save_checkpoint"):
+        with agreement(group, "save_checkpoint"), _disk_errors(work.path):
             if group.rank == 0:
                 _publish(work, temporary, {k: v for sums in everyones for k, v in sums.items()})
     except BaseException:
@@ -178,8 +215,8 @@ def _write(group: Group, work: _Work) -> Path:
     return work.path
 
 
-def _write_files(group: Group, work: _Work, temporary: Path) -> list[str]:
-    """Write this rank's files; returns their names. Collective."""
+def _write_own(group: Group, work: _Work, temporary: Path) -> list[str]:
+    """Write what needs no other rank; returns the files' names."""
     written = []
     if group.rank == 0:
         parameters = _parameters(work.state)
@@ -191,23 +228,27 @@ def _write_files(group: Group, work: _Work, temporary: Path) -> list[str]:
             parameters=parameters,
             groups=groups,
         )
-        written += [folder.MANIFEST, ".metadata"]
+        written.append(folder.MANIFEST)
     if work.extra is not None:
         name = f"extra-{group.rank}.pt"
         (temporary / name).write_bytes(work.extra)
         written.append(name)
-    with as_checkpoint_error(f"{work.path} could not be written"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        save(
+    return written
+
+
+def _write_tensors(group: Group, work: _Work, temporary: Path) -> list[str]:
+    """Write this rank's part of the state; returns the files' names. Collective."""
+    with as_checkpoint_error(f"{work.path} could not be written"):
+        # Not `save`, which warns where there is no process group: filters of warnings belong to
+        # the whole process, and this may be a thread beside training.
+        _save_state_dict(
             work.state,
-            storage_writer=StreamingWriter(temporary),
+            StreamingWriter(temporary),
             process_group=group.process_group,
             no_dist=group.process_group is None,
         )
-    written += [file.name for file in temporary.glob(f"__{group.rank}_*")]
-    for name in written:
-        folder.sync(temporary / name)
-    return written
+    own = [file.name for file in temporary.glob(f"__{group.rank}_*")]
+    return [*own, ".metadata"] if group.rank == 0 else own
 
 
 def _parameters(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -227,7 +268,7 @@ def _publish(work: _Work, temporary: Path, sums: dict[str, str]) -> None:
     folder.sync(temporary)
     folder.publish(temporary, work.path)
     if work.keep is not None:
-        prune(work.path.parent, work.keep)
+        prune(work.path, work.keep)
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def test_a_save_that_cannot_be_fails_on_all_ranks_and_writes_nothing(pool, tmp_p
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def no_space(rank, path, asynchronous):
+def no_space(rank, path, asynchronous, extra=None):
     """A limit to file sizes fails as a full disk does: in the middle of a write."""
     module, optimizer = build(25, [0])
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -82,11 +82,11 @@ def no_space(rank, path, asynchronous):
         if rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
         if asynchronous:
-            async_save_checkpoint(path, module, optimizer)
+            async_save_checkpoint(path, module, optimizer, extra=extra)
             load_checkpoint(path, module, optimizer)  # where the error comes out
         else:
-            save_checkpoint(path, module, optimizer)
-    except CheckpointError as error:
+            save_checkpoint(path, module, optimizer, extra=extra)
+    except (CheckpointError, RankError) as error:
         message = str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
