@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from . import folder
+from .adadelta import check_values
 from .agreement import agreement, digest
 from .groups import Group
 from .history import checkpoints_in
@@ -25,8 +26,8 @@ class Loaded:
 
     Args:
         path: the checkpoint that was loaded.
-        extra: what the rank of this number saved as `extra`, or rank 0 where there was no
-            such rank; None where nothing was saved.
+        extra: what the rank of this number saved as `extra`; what rank 0 saved where it has
+            none of its own; None where that has none either.
         skipped: with `strict=False`, a line for whatever does not match.
     """
 
@@ -63,10 +64,13 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such folder, or no complete checkpoint in it.
-        CheckpointError: it is damaged, holds another optimizer's state, or does not match;
-            nothing has changed.
-        ValueError: it holds a pickle with code in it.
+        CheckpointError: it is damaged, or does not match.
+        ValueError: it holds another optimizer's state, hyperparameters out of range, or a pickle
+            with code in it.
         RankError: another rank failed, or sees another checkpoint.
+
+    Whichever of these it is, nothing has changed. Hooks and `set_extra_state` of the model are
+    the exception: what they raise leaves the optimizer as it was, but of the model they know best.
     """
     group = group_of(optimizer)
     settle()
@@ -84,10 +88,13 @@ def load_checkpoint(
                 "strict=False loads what matches."
             )
         extra = _extra(source, group.rank)
+        for values in plan.optimizer["param_groups"]:
+            check_values(values)
     read_into(plan.target, source, process_group=group.process_group)
+    with agreement(group, "load_checkpoint"):  # the model's own hooks may raise
+        options = StateDictOptions(strict=strict)
+        set_model_state_dict(model, plan.target["model"], options=options)
     optimizer.load_state_dict(optimizer_state_dict(plan.optimizer))
-    options = StateDictOptions(strict=strict)
-    set_model_state_dict(model, plan.target["model"], options=options)
     return Loaded(source, extra, plan.skipped)
 
 

@@ -1,12 +1,13 @@
 """What of a checkpoint fits a model and an optimizer, found before any tensor is read."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils._pytree import tree_map_only
 
@@ -68,13 +69,13 @@ def _match_model(saved: Saved, tensors: Mapping[str, Any], skipped: list[str]) -
     target: dict[str, Any] = {}
     known: set[str] = set()
     for name, value in tensors.items():
-        leaves = dict(_leaves(value, _MODEL + name))
+        leaves, _ = flatten_state_dict({_MODEL + name: value})
         known |= leaves.keys()
         problems = [_difference(saved.get(key), leaf) for key, leaf in leaves.items()]
         if any(problems):
             skipped.append(f"{name} {next(filter(None, problems))}")
         else:
-            target[name] = tree_map_only(Tensor, _empty_like, value)
+            target[name] = _empty_like(value)
     strangers = [key for key in saved if key.startswith(_MODEL) and key not in known]
     skipped += [f"{key.removeprefix(_MODEL)} is in the checkpoint alone" for key in strangers]
     return target
@@ -170,29 +171,21 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> dict[str, None]:
     return dict.fromkeys(name for group in groups for name in group["params"])
 
 
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Values by the keys that `torch.distributed.checkpoint` gives them."""
-    inner: Iterator[tuple[Any, Any]] | None = None
-    if isinstance(value, Mapping) and value:
-        inner = iter(value.items())
-    elif isinstance(value, list | tuple) and value:
-        inner = enumerate(value)
-    if inner is None:
-        yield key, value
-        return
-    for name, item in inner:
-        yield from _leaves(item, f"{key}.{name}")
-
-
 def _difference(saved: Any, value: Any) -> str | None:
     if saved is None:
         return "is not in the checkpoint"
     if isinstance(saved, TensorStorageMetadata) != isinstance(value, Tensor):
         return "is a tensor on one side only"
-    if isinstance(value, Tensor) and tuple(saved.size) != tuple(value.shape):
+    if not isinstance(value, Tensor):
+        return None
+    if tuple(saved.size) != tuple(value.shape):
         return f"has shape {tuple(saved.size)} in the checkpoint, {tuple(value.shape)} here"
+    if saved.properties.dtype.is_complex != value.is_complex():
+        kinds = ("real", "complex") if value.is_complex() else ("complex", "real")
+        return f"is {kinds[0]} in the checkpoint, {kinds[1]} here"
     return None
 
 
-def _empty_like(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, device="cpu")
+def _empty_like(value: Any) -> Any:
+    """Memory to read tensors into; values that are none are replaced by what is read."""
+    return tree_map_only(Tensor, lambda tensor: torch.zeros_like(tensor, device="cpu"), value)
