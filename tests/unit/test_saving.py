@@ -167,3 +167,16 @@ def test_a_dangling_link_is_in_the_way_too(tmp_path):
     (tmp_path / "a").symlink_to("nowhere")
     with pytest.raises(FileExistsError, match="a exists: remove it, or give another name"):
         save_checkpoint(tmp_path / "a", *noted(1))
+
+
+def test_a_path_that_somebody_else_makes_meanwhile_is_left_to_them(tmp_path):
+    module = nn.Linear(700, 700)
+    saving = async_save_checkpoint(tmp_path / "a", module, Adadelta(module.parameters()))
+    while not any(tmp_path.glob(".a.*/*")):
+        assert not saving.done()
+    (tmp_path / "a").mkdir()
+    with pytest.raises(FileExistsError, match="a exists: remove it, or give another name"):
+        saving.result()
+    assert [f.name for f in tmp_path.rglob("*")] == ["a"]
+    with pytest.raises(CheckpointError, match="the asynchronous save before this failed"):
+        save_checkpoint(tmp_path / "b", module, Adadelta(module.parameters()))
