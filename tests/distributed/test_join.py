@@ -1,5 +1,8 @@
 """Loops of unequal length under torch's `Join`."""
 
+import warnings
+from contextlib import contextmanager
+
 import pytest
 import torch
 from test_gradients import SMALL_BUCKETS, STAGE_2, batch, loss_of, model, values
@@ -8,6 +11,13 @@ from torch.optim import Adadelta
 from torch.optim.lr_scheduler import StepLR
 
 from adadelta_dist import ShardedAdadelta, ShardPolicy
+
+
+@contextmanager
+def joined(optimizers, **kwargs):
+    """torch's `Join`, which changes the process's filters of warnings when it ends."""
+    with warnings.catch_warnings(), Join(optimizers, **kwargs):
+        yield
 
 
 def lengths(rank):
@@ -22,7 +32,7 @@ def uneven(rank, policy, scaled):
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
     hooks = []
     optimizer.register_step_post_hook(lambda *_: hooks.append(1))
-    with Join([optimizer]):
+    with joined([optimizer]):
         for step in range(lengths(rank)):
             optimizer.zero_grad()
             inputs = batch(rank, step, torch.float32 if scaled else torch.float64)
@@ -70,7 +80,7 @@ def test_averages_do_not_reach_a_rank_that_has_ended(pool):
 
 
 def loop(rank, optimizer, module, early):
-    with Join([optimizer], throw_on_early_termination=early):
+    with joined([optimizer], throw_on_early_termination=early):
         for step in range(rank if not early else 1 + rank):
             optimizer.zero_grad()
             loss_of(module, batch(rank, step)).backward()

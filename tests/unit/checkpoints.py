@@ -12,7 +12,7 @@ FLAT = names.StateDictOptions(flatten_optimizer_state_dict=True)
 class Zoo(nn.Module):
     """One of each kind of parameter, and a buffer."""
 
-    def __init__(self, seed=0):
+    def __init__(self, seed=0, brain=torch.bfloat16):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
 
@@ -23,7 +23,7 @@ class Zoo(nn.Module):
         self.transposed = nn.Parameter(param(4, 3, 5).detach().permute(2, 0, 1))
         self.image = nn.Parameter(param(2, 3, 4, 5).detach().to(memory_format=torch.channels_last))
         self.scalar, self.none = param(), param(0, 3)
-        self.brain = param(6, 5, dtype=torch.bfloat16)
+        self.brain = param(6, 5, dtype=brain)
         self.complex = nn.Parameter(param(4, 5, dtype=torch.complex64).detach().t())
         self.frozen = param(3, 3).requires_grad_(False)
         self.register_buffer("count", torch.randint(9, (), generator=generator))
@@ -37,8 +37,10 @@ class Zoo(nn.Module):
         ]
 
 
-def build(seed=0, steps=2, cls=torch.optim.Adadelta, *, named=True, **options):
-    module = Zoo(seed)
+def build(
+    seed=0, steps=2, cls=torch.optim.Adadelta, *, named=True, brain=torch.bfloat16, **options
+):
+    module = Zoo(seed, brain)
     optimizer = cls(module.groups(named=named), **options)
     train(module, optimizer, range(steps))
     return module, optimizer
