@@ -54,5 +54,8 @@ def global_norm(group: Group, shards: Sequence[Tensor], norm_type: float) -> Ten
     ]
     norms = torch.stack([zero, *(norm.to("cpu", torch.float64) for norm in by_shard)])
     if norm_type == float("inf"):
-        return collectives.combine(group.sharding, norms.max(), "max")
+        largest, is_nan = norms.nan_to_num(nan=0.0, posinf=norm_type).max(), norms.isnan().any()
+        both = torch.stack([largest, is_nan.to(largest)])  # gloo's maximum may lose a NaN
+        largest, is_nan = collectives.combine(group.sharding, both, "max")
+        return largest if is_nan == 0 else norms.new_tensor(float("nan"))
     return collectives.combine(group.sharding, (norms**norm_type).sum(), "sum") ** (1 / norm_type)

@@ -25,7 +25,7 @@ from .shard_step import step_
 
 
 class ShardedAdadelta(ShardedGradients):
-    """`torch.optim.Adadelta` with its accumulators sharded over the ranks (ZeRO stage 1).
+    """`torch.optim.Adadelta` with its accumulators sharded over the ranks (ZeRO stage 1 or 2).
 
     Build it on every rank, last, with the same arguments; then train as with any
     optimizer: no DistributedDataParallel is needed, for it averages the gradients itself.
@@ -165,7 +165,12 @@ class ShardedAdadelta(ShardedGradients):
         """Move the parameters of the groups from `first_group` on into buckets. Collective."""
         if not self._installed:
             self._group = collectives.open_channel(self._group)
-        self._params.extend(list(g["params"]) for g in self.param_groups[first_group:])
+        new_params = [list(g["params"]) for g in self.param_groups[first_group:]]
+        self._params.extend(new_params)
+        # torch's own unscaling refuses float16 gradients.
+        self._step_supports_amp_scaling |= any(
+            p.dtype == torch.float16 for params in new_params for p in params
+        )
         kind = FlatBucket if self._policy.stage == 1 else FreedBucket
         new = make_buckets(self.param_groups, first_group, self._group, self._policy, kind)
         for bucket in new:

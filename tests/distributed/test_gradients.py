@@ -258,22 +258,25 @@ def test_clipping_by_the_global_norm(pool, norm_type, policy):
         assert_close(got, want)
 
 
-def nonfinite_clip(rank):
+def nonfinite_clip(rank, bad_rank, value, norm_type):
     module = model()
-    optimizer = ShardedAdadelta(module.parameters())
+    optimizer = ShardedAdadelta(module.parameters(), policy=ShardPolicy(overlap=False))
     loss_of(module, batch(rank, 0)).backward()
-    if rank == 1:
-        module[0].bias.grad = torch.full_like(module[0].bias, float("inf"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
-        except RuntimeError as error:
-            return str(error)
+    if rank == bad_rank:  # in the last shard
+        module[0].weight.grad = torch.full_like(module[0].weight, value)
+    try:
+        optimizer.clip_grad_norm_(1.0, norm_type, error_if_nonfinite=True)
+    except RuntimeError as error:
+        return str(error)
 
 
-def test_a_nonfinite_norm_is_an_error_on_every_rank(pool):
-    assert all("non-finite" in message for message in pool(2).run(nonfinite_clip))
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_nonfinite_norm_is_an_error_on_every_rank(pool, value, norm_type):
+    for bad_rank in range(3):
+        for message in pool(3).run(nonfinite_clip, bad_rank, value, norm_type):
+            assert message is not None
+            assert "non-finite" in message
 
 
 def thaw(rank):

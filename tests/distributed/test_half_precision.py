@@ -286,7 +286,7 @@ def test_stochastic_rounding_is_reproduced_after_a_stop(pool, policy):
 
 
 def small_steps(rank, policy):
-    """200 updates that are each a tenth of a unit in the last place."""
+    """200 updates that are each less than half of a unit in the last place."""
     p = nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
     optimizer = ShardedAdadelta([p], lr=0.08, rho=0.0, eps=1e-5, policy=policy)
     for _ in range(200):

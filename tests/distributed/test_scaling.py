@@ -179,3 +179,31 @@ def test_a_step_with_a_nan_is_skipped_without_a_scaler(pool, world_size):
     for got, skipped, calls, steps in pool(world_size).run(guarded, world_size):
         assert all(map(torch.equal, got, params))
         assert (skipped, calls, steps) == (2, 4, {2.0})
+
+
+def float16_parameters(rank):
+    """Trained with a scaler, masters and one overflow; and the exact parameters."""
+    p = nn.Parameter(torch.linspace(-1, 1, 30).half())
+    optimizer = ShardedAdadelta([p])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scales = []
+    for step in range(4):
+        optimizer.zero_grad()
+        grad = torch.linspace(0.25, 1, 30).half() * 2.0 ** (8 if step == 1 and rank == 0 else -3)
+        scaler.scale((p * grad).sum().float()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return p.detach(), scales, optimizer.skipped_steps
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_float16_parameters_at_any_world_size(pool, world_size):
+    p = nn.Parameter(torch.linspace(-1, 1, 30).half().float())
+    optimizer = torch.optim.Adadelta([p])
+    for _ in range(3):  # the second of the four is skipped
+        p.grad = torch.linspace(0.25, 1, 30).half().float() * 2.0**-3
+        optimizer.step()
+    for got, scales, skipped in pool(world_size).run(float16_parameters):
+        assert torch.equal(got, p.half())
+        assert (scales, skipped) == ([1024.0, 512.0, 512.0, 512.0], 1)
