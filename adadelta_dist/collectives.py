@@ -13,6 +13,7 @@ it deterministic (docs/design.md has the measurements).
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import chain
 from typing import Any
 
@@ -68,9 +69,13 @@ class Pending:
     works: tuple[Any, ...] = ()
     finish: Callable[[], None] = lambda: None
 
-    def wait(self) -> None:
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """Wait, by default as long as the process group allows: then gloo closes all of it."""
         for work in self.works:
-            work.wait()
+            if timeout is None:
+                work.wait()
+            else:
+                work.wait(timeout)
         self.finish()
 
     def abandon(self) -> None:

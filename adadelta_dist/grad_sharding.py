@@ -13,6 +13,7 @@ reduction, as long as all have gone.
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from datetime import timedelta
 from itertools import compress
 from typing import Any
 
@@ -27,6 +28,7 @@ from .in_order import InOrder
 from .reducer import GradientReducer
 
 _PATIENCE_S = 1.0
+_FOREVER = timedelta(days=365)
 
 
 class FreedBucket(FlatBucket):
@@ -35,7 +37,8 @@ class FreedBucket(FlatBucket):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         blocks = self.group.is_pairwise(self.flat_param.device)
-        self._finishing = InOrder(in_thread=blocks and self.group.world_size > 1)
+        self._in_thread = blocks and self.group.world_size > 1
+        self._finishing = InOrder(in_thread=self._in_thread)
         self._held: Tensor | None = None
         self._held_views: list[Tensor] = []
         self._taken = self._none()
@@ -71,8 +74,12 @@ class FreedBucket(FlatBucket):
         average = torch.empty_like(self.grad_shard)
         pending = self.start_reduction(flat, average)
 
+        # Nobody may ever answer what a dropped optimizer has sent. Were the thread to give up
+        # on it, gloo would close the connections of the whole process group.
+        timeout = _FOREVER if self._in_thread else None
+
         def accumulate(shard: Tensor = self.grad_shard) -> None:
-            pending.wait()
+            pending.wait(timeout)
             shard.add_(average)
 
         del flat  # `pending` keeps what is sent
@@ -138,18 +145,27 @@ class ShardingReducer(GradientReducer):
         self._end_round()  # of a backward that has failed
         dirty = [bucket.is_dirty() for bucket in self.buckets]
         zeroed = f"zero_grad after {self._zeroed_at} backward passes since the last step"
-        dirty_anywhere = self._agree(dirty, [*facts, zeroed], error)
-        rounds = int(collectives.combine(self.group, torch.tensor(self._rounds), "max"))
+        try:
+            dirty_anywhere = self._agree(dirty, [*facts, zeroed], error)
+        except Exception:  # all ranks raise; but what some have sent must be answered
+            self._catch_up()
+            raise
+        rounds = self._catch_up()
         if self.clipped and (any(dirty_anywhere) or rounds > self._clipped_at):
             raise RankError(
                 "there are new gradients since optimizer.clip_grad_norm_, which clips their sum: "
                 f"clip after them. (raised on every rank; this is rank {self.group.number})"
             )
-        while self._rounds < rounds:
-            self._launch_next()
         for bucket in compress(self.buckets, dirty_anywhere):
             bucket.launch()
         self._clipped_at = self._rounds
+
+    def _catch_up(self) -> int:
+        """Launch as many rounds as the rank that has launched most. Collective."""
+        rounds = int(collectives.combine(self.group, torch.tensor(self._rounds), "max"))
+        while self._rounds < rounds:
+            self._launch_next()
+        return rounds
 
     def discard(self) -> None:
         super().discard()

@@ -1,9 +1,12 @@
 """Gradients of which each rank keeps its shard: when they are freed, and how they add up."""
 
 import threading
+import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_gradients import STAGE_2, assert_close, batch, loss_of, model, values
 from torch import nn
 from torch.optim import Adadelta
@@ -251,3 +254,26 @@ def threads(rank):
 
 def test_the_thread_ends_with_its_optimizer(pool):
     assert pool(2).run(threads) == [0, 0]
+
+
+def unanswered(rank):
+    """What a dropped optimizer has sent to nobody must not close the group when time is up."""
+    ranks = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), process_group=ranks, policy=STAGE_2)
+    if rank == 0:
+        loss_of(module, batch(rank, 0)).backward()
+    del optimizer
+    time.sleep(2)
+    dist.barrier()
+    optimizer = ShardedAdadelta(module.parameters(), process_group=ranks, policy=STAGE_2)
+    optimizer.zero_grad()
+    loss_of(module, batch(rank, 0)).backward()
+    optimizer.step()
+    return values(module)
+
+
+def test_what_nobody_answers_does_no_harm(pool):
+    wanted, _ = reference([(0, 0), (1, 0)], divide_by=2)
+    for got in pool(2).run(unanswered):
+        assert_close(got, wanted)
