@@ -22,6 +22,8 @@ class ShardPolicy:
         stage: of ZeRO. 1: whole gradients stay in `p.grad`; 2: each is freed once its
             bucket is reduced, during backward. `p.grad` is None then, micro-batches add up
             in the shard (`optimizer.grad_shard`), and `step` and `zero_grad` empty it.
+        overlap_gather: `step` returns while updated parameters are still on their way, once
+            `optimizer.attach(model)` has told which model waits for them.
         skip_nonfinite: skip a step, on all ranks, whose averaged gradients have an inf or
             NaN (`optimizer.skipped_steps` counts them). All reductions are waited for first.
         master_weights: keep fp32 masters of half-precision parameters, and exact masters of
@@ -41,6 +43,7 @@ class ShardPolicy:
     overlap: bool = True
     gradients: Literal["local", "averaged"] = "local"
     stage: Literal[1, 2] = 1
+    overlap_gather: bool = False
     skip_nonfinite: bool = False
     master_weights: bool | None = None
     stochastic_rounding: bool = False

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
@@ -14,6 +14,7 @@ from . import collectives, fingerprint, functional, groups, scaling, state
 from .agreement import agreement
 from .buckets import FlatBucket, make_buckets
 from .differentiable import averaged_grads
+from .gathering import Gathers, attach
 from .grad_sharding import FreedBucket, ShardingReducer
 from .gradients import ShardedGradients
 from .groups import Group
@@ -122,6 +123,29 @@ class ShardedAdadelta(ShardedGradients):
         self._consolidated = None
         self._install(count)
 
+    def attach(self, model: nn.Module) -> None:
+        """Say which model waits for its parameters, with `policy.overlap_gather`. Collective.
+
+        Each module waits before its forward, and before its `state_dict`, for the parameters
+        that it owns. Whoever reads them in another way (a module that uses another's weight,
+        an average of the weights) calls `wait()` first.
+
+        Raises:
+            ValueError: the model has trainable parameters that the optimizer does not have.
+        """
+        with agreement(self._group, "attach"):
+            bucket_of = {p: shard.bucket for shard in self._shards for p in shard.bucket.params}
+            self._attached.extend(attach(model, bucket_of, self._gathers.wait))
+
+    def wait(self) -> None:
+        """Return when all parameters are here, which `step` with `overlap_gather` leaves open."""
+        self._gathers.wait()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `StateDicts.state_dict`, when all parameters are here."""
+        self.wait()
+        return super().state_dict()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedAdadelta":
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
@@ -129,6 +153,7 @@ class ShardedAdadelta(ShardedGradients):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
+        self.wait()
         return super().__getstate__() | {"_policy": self._policy}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
@@ -152,6 +177,8 @@ class ShardedAdadelta(ShardedGradients):
         # So that GradScaler comes to `step`, rather than deciding by this rank's `p.grad`.
         self._step_supports_amp_scaling = group.world_size > 1 or policy.stage == 2
         self._consolidated = None
+        self._gathers = Gathers()
+        self._attached: list[torch.utils.hooks.RemovableHandle] = []
         self._announced = False
         Joinable.__init__(self)
 
@@ -201,6 +228,7 @@ class ShardedAdadelta(ShardedGradients):
             inverse_scale: what the gradients are to be multiplied by.
             is_scaled: whether a `GradScaler` has called.
         """
+        self.wait()
         self._consolidated = None
         fused: list[bool] = []
         error: Exception | None = None
@@ -231,17 +259,15 @@ class ShardedAdadelta(ShardedGradients):
 
     def _step_shards(self, fused: list[bool], inverse_scale: float) -> None:
         """Update what this rank owns, bucket by bucket, and gather the rest. Collective."""
-        gathers = []
         for shard in self._shards:
             shard.bucket.wait()
             if any(shard.bucket.present):
                 g = shard.bucket.group_index
                 group = self.param_groups[g]
                 step_(shard, group, fused=fused[g], inverse_scale=inverse_scale)
-                gathers.append((shard.bucket, shard.bucket.gather()))
-        for bucket, gather in gathers:
-            gather.wait()
-            torch.autograd.graph.increment_version(bucket.params)
+                self._gathers.start(shard.bucket)
+        if not (self._policy.overlap_gather and self._attached):
+            self.wait()
 
     def _flat_params(self) -> list[list[Tensor]]:
         """By group, what is stepped of each bucket on all ranks together."""

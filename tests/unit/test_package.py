@@ -39,6 +39,7 @@ ORDER = [
     "rounding",
     "precision",
     "buckets",
+    "gathering",
     "state",
     "shard_step",
     "state_dicts",

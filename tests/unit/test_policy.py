@@ -15,6 +15,7 @@ def test_the_defaults_are_those_of_the_documentation():
         "overlap": True,
         "gradients": "local",
         "stage": 1,
+        "overlap_gather": False,
         "skip_nonfinite": False,
         "master_weights": None,
         "stochastic_rounding": False,

@@ -1,0 +1,61 @@
+"""All-gathers that go on while the next forward begins."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .buckets import FlatBucket
+from .collectives import Pending
+
+
+class Gathers:
+    """What is under way: by bucket, the parameters that other ranks send."""
+
+    def __init__(self) -> None:
+        self._pending: dict[FlatBucket, Pending] = {}
+
+    def start(self, bucket: FlatBucket) -> None:
+        """Collective."""
+        self._pending[bucket] = bucket.gather()
+
+    def wait(self, buckets: Sequence[FlatBucket] | None = None) -> None:
+        """Return when these buckets, by default all, hold every parameter."""
+        for bucket in list(self._pending) if buckets is None else buckets:
+            pending = self._pending.pop(bucket, None)
+            if pending is not None:
+                pending.wait()
+                torch.autograd.graph.increment_version(bucket.params)
+
+
+def attach(
+    model: nn.Module,
+    bucket_of: Mapping[Tensor, FlatBucket],
+    wait: Callable[[Sequence[FlatBucket]], None],
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Have each module wait for its own parameters before its forward and its `state_dict`.
+
+    Raises:
+        ValueError: the model has trainable parameters that are in no bucket.
+    """
+    strangers = [
+        name for name, p in model.named_parameters() if p.requires_grad and p not in bucket_of
+    ]
+    if strangers:
+        raise ValueError(
+            f"attach: the model's parameters {strangers[:3]} (of {len(strangers)}) are not the "
+            "optimizer's. Attach the model whose parameters it was built with."
+        )
+    handles = []
+    for module in model.modules():
+        own = [bucket_of[p] for p in module.parameters(recurse=False) if p in bucket_of]
+        buckets = list(dict.fromkeys(own))
+        if buckets:
+
+            def hook(*_: Any, buckets: Sequence[FlatBucket] = buckets) -> None:
+                wait(buckets)
+
+            handles.append(module.register_forward_pre_hook(hook, prepend=True))
+            handles.append(module.register_state_dict_pre_hook(hook))
+    return handles

@@ -1,0 +1,116 @@
+"""Parameters that arrive behind the next forward, and what waits for them."""
+
+import copy
+import time
+
+import pytest
+import torch
+from test_gradients import assert_close, batch, loss_of, model, reference, values
+from torch import nn
+
+from adadelta_dist import RankError, ShardedAdadelta, ShardPolicy
+
+POLICIES = [
+    ShardPolicy(1e-4, overlap_gather=True),
+    ShardPolicy(1e-4, overlap_gather=True, stage=2),
+]
+
+
+def train(rank, policy):
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=policy)
+    optimizer.attach(module)
+    in_flight = []
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(module, batch(rank, 10 * step)).backward()
+        if step == 2:
+            optimizer.clip_grad_norm_(1e9)
+        optimizer.step()
+        in_flight.append(len(optimizer._gathers._pending))
+    optimizer.wait()
+    return values(module), in_flight, len(optimizer._shards)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_training_is_the_same(pool, policy, world_size):
+    for got, in_flight, buckets in pool(world_size).run(train, policy):
+        assert_close(got, reference(world_size, 3))
+        assert in_flight == [buckets] * 3
+
+
+def late(rank, way):
+    """Rank 1 comes late to its step: rank 0 has stepped, and its parameters are not there."""
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=POLICIES[0])
+    optimizer.attach(module)
+    loss_of(module, batch(rank, 0)).backward()
+    optimizer._reduce("step of gradients times 1.0", None)  # all have agreed; then rank 1 is late
+    if rank == 1:
+        time.sleep(0.5)
+    optimizer._step_shards([False], 1.0)
+    inputs = batch(0, 5)
+    if way == "forward":
+        got = module(inputs).detach()
+    elif way == "eval":
+        with torch.no_grad():
+            got = module.eval()(inputs)
+    elif way == "state_dict":
+        twin = model()
+        twin.load_state_dict(module.state_dict())
+        got = twin(inputs).detach()
+    elif way == "submodule":
+        state = copy.deepcopy(module[0].state_dict())
+        optimizer.wait()
+        module[0].load_state_dict(state)
+        got = module(inputs).detach()
+    elif way == "optimizer.state_dict":
+        optimizer.state_dict()
+        got = model()
+        got.load_state_dict(dict(zip(got.state_dict(), values(module), strict=True)))
+        got = got(inputs).detach()
+    else:
+        twin = copy.deepcopy(optimizer)
+        got = model()
+        for p, q in zip(got.parameters(), twin.param_groups[0]["params"], strict=True):
+            p.data.copy_(q)
+        got = got(inputs).detach()
+    optimizer.wait()
+    return got
+
+
+WAYS = ["forward", "eval", "state_dict", "submodule", "optimizer.state_dict", "deepcopy"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whoever_reads_parameters_in_a_documented_way_waits(pool, way):
+    module = model()
+    for p, value in zip(module.parameters(), reference(2, 1), strict=True):
+        p.data.copy_(value)
+    for got in pool(2).run(late, way):
+        assert_close([got], [module(batch(0, 5)).detach()])
+
+
+def not_attached(rank):
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=POLICIES[0])
+    loss_of(module, batch(rank, 0)).backward()
+    optimizer.step()
+    return len(optimizer._gathers._pending)
+
+
+def test_without_a_model_step_waits(pool):
+    assert pool(2).run(not_attached) == [0, 0]
+
+
+def stranger(rank):
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=POLICIES[0])
+    larger = nn.Sequential(module, nn.Linear(3, 3).double()) if rank == 1 else module
+    with pytest.raises((ValueError, RankError), match=r"\['1.weight', '1.bias'\] \(of 2\) are not"):
+        optimizer.attach(larger)
+
+
+def test_a_model_with_other_parameters_is_an_error_on_every_rank(pool):
+    pool(2).run(stranger)
