@@ -3,11 +3,8 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+from lightning_jobs import import_lightning
 from ranks import Ranks
-
-
-def import_lightning(rank: int) -> None:
-    import lightning.pytorch  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -216,6 +216,11 @@ def make_module(job: Job, world_size: int) -> Any:
     return Net()
 
 
+def import_lightning(rank: int) -> None:
+    """Takes seconds, and is done once a process."""
+    import lightning.pytorch  # noqa: F401
+
+
 def become_rank(rank: int, world_size: int) -> None:
     """The environment in which torchrun starts a rank."""
     values = {
