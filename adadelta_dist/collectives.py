@@ -39,7 +39,9 @@ def open_channel(group: Group) -> Group:
 
     Pairwise messages are kept apart by their tag. Native collectives have no tags: they
     get a process group of their own, so that the user's collectives between backward and
-    step never pair with ours, whichever of ours a rank has started by then.
+    step never pair with ours, whichever of ours a rank has started by then. For the same
+    reason what ranks agree on goes another way than the reductions that some of them have
+    started: over the CPU, by a gloo group of our own where theirs has none.
     """
     agreed = int(combine(group, torch.tensor(_channels[0]), "max"))
     _channels[0] = agreed + 2
@@ -48,7 +50,7 @@ def open_channel(group: Group) -> Group:
 
 
 def open_background(group: Group) -> Group:
-    """The same ranks over a gloo group of its own, for a thread beside training. Collective.
+    """The same ranks over a gloo group, apart from what goes on in training. Collective.
 
     It is made once for a process group: making one costs a round over the store.
     """
@@ -59,7 +61,7 @@ def open_background(group: Group) -> Group:
         _backgrounds[group.process_group] = dist.new_group(
             ranks, backend="gloo", use_local_synchronization=True
         )
-    return replace(group, process_group=_backgrounds[group.process_group])
+    return replace(group, process_group=_backgrounds[group.process_group], control=None)
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def combine(group: Group, values: Tensor, op: str) -> Tensor:
         return values
     shared = values.to(group.control_device, copy=True)
     reduce_op = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
-    dist.all_reduce(shared, op=reduce_op, group=group.process_group)
+    dist.all_reduce(shared, op=reduce_op, group=group.control or group.process_group)
     return shared.to(values.device)
 
 
@@ -243,7 +245,7 @@ def all_gather_object(group: Group, mine: Any) -> list[Any]:
     if group.world_size == 1 and group.replicas is None:
         return [mine]
     everyones: list[Any] = [None] * group.world_size
-    dist.all_gather_object(everyones, mine, group=group.process_group)
+    dist.all_gather_object(everyones, mine, group=group.control or group.process_group)
     if group.replicas is not None:
         everyones = list(chain.from_iterable(all_gather_object(group.replicas, everyones)))
     return everyones
@@ -277,7 +279,9 @@ def _own_communicator(group: Group) -> Group:
     if group.process_group is None or set(group.backends.values()) == {"gloo"}:
         return group
     ranks = dist.get_process_group_ranks(group.process_group)
-    return replace(group, process_group=dist.new_group(ranks, use_local_synchronization=True))
+    own = dist.new_group(ranks, use_local_synchronization=True)
+    control = None if "cpu" in group.backends else open_background(group).process_group
+    return replace(group, process_group=own, control=control)
 
 
 def _process_group(group: Group) -> dist.ProcessGroup:

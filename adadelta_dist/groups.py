@@ -28,6 +28,8 @@ class Group:
             optimizer, so that what one of them left unfinished never reaches another. The
             second tag is for state, which may travel while reductions are in flight.
         replicas: the ranks that own the same shard in other groups like this one.
+        control: the same ranks over gloo, for messages that the host reads; None:
+            `process_group` sends from the CPU itself.
     """
 
     process_group: dist.ProcessGroup | None = None
@@ -35,6 +37,7 @@ class Group:
     world_size: int = 1
     channel: int = FIRST_CHANNEL
     replicas: "Group | None" = None
+    control: dist.ProcessGroup | None = None
 
     @property
     def replica(self) -> int:
@@ -54,7 +57,7 @@ class Group:
     @property
     def control_device(self) -> torch.device:
         """Where small tensors that the host must read travel: the CPU if the group can."""
-        if "cpu" in self.backends:
+        if "cpu" in self.backends or self.control is not None:
             return torch.device("cpu")
         return torch.device(next(iter(self.backends)), torch.accelerator.current_device_index())
 

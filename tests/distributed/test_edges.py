@@ -15,7 +15,7 @@ from test_agreement import failure
 from test_gradients import assert_close, batch, loss_of, model, reference, values
 from torch import nn
 
-from adadelta_dist import ShardedAdadelta, ShardPolicy, collectives
+from adadelta_dist import ShardedAdadelta, ShardPolicy, collectives, groups
 
 SMALL_BUCKETS = ShardPolicy(bucket_mb=1e-4)
 
@@ -300,6 +300,29 @@ def native_calls(rank):
 def test_native_collectives_average_and_gather(pool):
     for got in pool(2).run(native_calls):
         assert_close(got, reference(2, 3))
+
+
+def of_cuda_alone(rank):
+    """A group that cannot send from the CPU: what ranks agree on must not queue with gradients."""
+    before = groups.Group.backends
+    groups.Group.backends = property(lambda self: {"cuda": "nccl"})
+    try:
+        theirs = groups.join(None)
+        group = collectives._own_communicator(theirs)
+        background = collectives.open_background(group)
+        ways = [theirs.process_group, group.process_group, group.control, background.process_group]
+        assert len(set(map(id, ways))) == 4
+        assert background.control is None
+        assert group.control_device.type == "cpu"
+        return int(collectives.combine(group, torch.tensor(rank), "max")), (
+            collectives.all_gather_object(group, rank)
+        )
+    finally:
+        groups.Group.backends = before
+
+
+def test_agreement_goes_another_way_than_native_reductions(pool):
+    assert pool(2).run(of_cuda_alone) == [(1, [0, 1])] * 2
 
 
 LEAVES_IN_FLIGHT = """

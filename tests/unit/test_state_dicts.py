@@ -10,20 +10,20 @@ from adadelta_dist import ShardedAdadelta
 
 
 def sharded(**kwargs):
-    return build(cls=ShardedAdadelta, **kwargs)
+    return build(cls=ShardedAdadelta, brain=torch.float64, **kwargs)
 
 
 def test_gathered_is_torchs_own_and_scatters_back():
     module, optimizer = sharded()
     gathered = optimizer.gather_state_dict()
-    other, control = build(steps=1)
+    other, control = build(steps=1, brain=torch.float64)
     control.load_state_dict(gathered)
     other.load_state_dict(module.state_dict())
     assert_same((module, optimizer), (other, control))
     train(module, optimizer, [5])
     got = sharded(seed=1, steps=1)
     got[1].scatter_state_dict(gathered)
-    got[0].load_state_dict(build()[0].state_dict())
+    got[0].load_state_dict(sharded()[0].state_dict())
     assert_same(got, sharded())
 
 
