@@ -1,6 +1,7 @@
 """Clip averaged gradients, wherever they are."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,17 @@ def clip_grad_value_(optimizer: Optimizer, clip_value: float) -> None:
     for bucket in reducer.buckets:
         bucket.wait()
         bucket.grad_shard.clamp_(-clip_value, clip_value)
+
+
+def scale_of(optimizer: Optimizer, scaler: Any) -> float:
+    """What gradients are multiplied by when they are clipped.
+
+    Args:
+        scaler: a `torch.amp.GradScaler`, or None. At several ranks `step` unscales, after this.
+    """
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())
 
 
 def parameters(optimizer: Optimizer) -> Iterable[Tensor]:

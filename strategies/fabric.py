@@ -123,20 +123,35 @@ class ShardedAdadeltaFabricStrategy(fabric.strategies.ddp.DDPStrategy):
     ) -> Tensor:
         """Clip the averaged gradients; returns their global norm. Collective."""
         assert isinstance(optimizer, ShardedAdadelta)
-        return optimizer.clip_grad_norm_(float(max_norm), float(norm_type), error_if_nonfinite)
+        scale = self._scale(optimizer)
+        norm = optimizer.clip_grad_norm_(max_norm * scale, float(norm_type), error_if_nonfinite)
+        return norm / scale
 
     def clip_gradients_value(
         self, module: nn.Module, optimizer: Optimizer, clip_val: float
     ) -> None:
         """Clamp the averaged gradients. Collective."""
-        clipping.clip_grad_value_(optimizer, clip_val)
+        clipping.clip_grad_value_(optimizer, clip_val * self._scale(optimizer))
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Add "sharded_adadelta"."""
+        """Add "sharded_adadelta" and "sharded_adadelta_zero2"."""
         strategy_registry.register(
             "sharded_adadelta", cls, description="Adadelta, sharded as in ZeRO stage 1"
         )
+        strategy_registry.register(
+            "sharded_adadelta_zero2",
+            cls,
+            description="Adadelta, sharded as in ZeRO stage 2",
+            policy=ShardPolicy(stage=2),
+        )
+
+    def _scale(self, optimizer: Optimizer) -> float:
+        """What the gradients are multiplied by, when what can be unscaled has been."""
+        scaler = getattr(self.precision, "scaler", None)
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+            self.precision.unscale_gradients(optimizer)
+        return clipping.scale_of(optimizer, scaler)
 
     def _broadcast(self, module: nn.Module, done: Sequence[Optimizer]) -> None:
         group = groups.join(None)

@@ -5,8 +5,8 @@ Import this module, and `Trainer(strategy="sharded_adadelta")` knows it.
 
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +110,8 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
     def setup_precision_plugin(self) -> None:
         """Attach the precision plugin, and have it clip what the optimizers average."""
         super().setup_precision_plugin()
-        self.precision_plugin.clip_gradients = _clip_gradients  # type: ignore[method-assign]
+        clip = partial(_clip_gradients, self.precision_plugin)
+        self.precision_plugin.clip_gradients = clip  # type: ignore[method-assign]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The training step, with rank 0's buffers if the last one was a synced one."""
@@ -205,18 +206,16 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Add "sharded_adadelta", and "sharded_adadelta_zero2" where the policy has stages."""
+        """Add "sharded_adadelta" and "sharded_adadelta_zero2"."""
         strategy_registry.register(
             "sharded_adadelta", cls, description="Adadelta, sharded as in ZeRO stage 1"
         )
-        if "stage" in {field.name for field in fields(ShardPolicy)}:
-            stage_2: dict[str, Any] = {"stage": 2}
-            strategy_registry.register(
-                "sharded_adadelta_zero2",
-                cls,
-                description="Adadelta, sharded as in ZeRO stage 2",
-                policy=ShardPolicy(**stage_2),
-            )
+        strategy_registry.register(
+            "sharded_adadelta_zero2",
+            cls,
+            description="Adadelta, sharded as in ZeRO stage 2",
+            policy=ShardPolicy(stage=2),
+        )
 
     def _refuse_none(self) -> None:
         if any(isinstance(o, pl.core.optimizer._MockOptimizer) for o in self.optimizers):
@@ -232,6 +231,7 @@ def _bare(optimizer: Optimizer) -> Any:
 
 
 def _clip_gradients(
+    plugin: Any,
     optimizer: Optimizer,
     clip_val: float | None = 0.0,
     gradient_clip_algorithm: Any = pl.utilities.GradClipAlgorithmType.NORM,
@@ -239,10 +239,12 @@ def _clip_gradients(
     """What precision plugins do, on the gradients that the optimizer averages. Collective."""
     if not clip_val or clip_val <= 0:
         return
+    bare = _bare(optimizer)
+    clip_val *= clipping.scale_of(bare, getattr(plugin, "scaler", None))
     if gradient_clip_algorithm == pl.utilities.GradClipAlgorithmType.VALUE:
-        clipping.clip_grad_value_(_bare(optimizer), clip_val)
+        clipping.clip_grad_value_(bare, clip_val)
     else:
-        _bare(optimizer).clip_grad_norm_(clip_val)
+        bare.clip_grad_norm_(clip_val)
 
 
 ShardedAdadeltaStrategy.register_strategies(pl.strategies.StrategyRegistry)

@@ -254,12 +254,17 @@ def make_trainer(job: Job, world_size: int, folder: str, **arguments: Any) -> An
         "num_sanity_val_steps": 0,
         "callbacks": [pl.callbacks.ModelCheckpoint(**job.save)] if job.save else [],
     }
+    given = defaults | job.trainer | arguments
+    if given.get("precision") == "16-mixed":  # of CPUs the Trainer makes bfloat16, if it chooses
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=4)
+        del given["precision"]
+        given["plugins"] = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
     return pl.Trainer(
         accelerator="cpu",
         devices=world_size,
         strategy=strategy,
         default_root_dir=folder,
-        **(defaults | job.trainer | arguments),
+        **given,
     )
 
 

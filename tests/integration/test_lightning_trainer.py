@@ -32,7 +32,7 @@ def test_buffers_stay_apart_if_asked(pool):
     assert (zero["state"]["seen"], one["state"]["seen"]) == (16, 32)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
 def test_half_precision_trains(pool, precision):
     job = Job(trainer={"precision": precision, "max_epochs": 6, "gradient_clip_val": 1.0})
     alone = run_alone(job)
@@ -40,6 +40,14 @@ def test_half_precision_trains(pool, precision):
     losses = np.mean([rank["losses"] for rank in ranks], axis=0)
     np.testing.assert_allclose(losses, alone["losses"], rtol=0.1)  # bfloat16 has 8 bits
     assert losses[-8:].mean() < losses[:8].mean()
+
+
+@pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 4, "gradient_clip_val": 0.05}])
+def test_zero_stage_2_takes_the_same_steps(pool, trainer):
+    alone = run_alone(Job(trainer=trainer))
+    ranks = pool(2).run(run, 2, Job(trainer=trainer, strategy="sharded_adadelta_zero2"))
+    losses = np.mean([rank["losses"] for rank in ranks], axis=0)
+    np.testing.assert_allclose(losses, alone["losses"], rtol=1e-6)
 
 
 def test_one_rank_is_torch_bit_by_bit(pool):
