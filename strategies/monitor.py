@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from adadelta_dist import ShardedAdadelta
+
 from .frameworks import pl
 from .pieces import innermost, pieces
 
@@ -24,7 +26,9 @@ class AdadeltaMonitor(pl.callbacks.Callback):
     carries all of them.
 
     With `ShardedAdadelta`, `Adadelta`, `torch.optim.Adadelta`; under DeepSpeed without layers,
-    for there an optimizer has flat pieces of parameters.
+    for there an optimizer has flat pieces of parameters, whose padding counts in the means.
+
+    Not with ZeRO stage 2, where gradients are gone after a step.
 
     Args:
         every_n_steps: how often; the first step is one of them.
@@ -56,6 +60,11 @@ class AdadeltaMonitor(pl.callbacks.Callback):
         """Hook the optimizers."""
         for wrapped in trainer.optimizers:
             optimizer, partitioned = innermost(wrapped)
+            if isinstance(optimizer, ShardedAdadelta) and optimizer._policy.stage == 2:
+                raise ValueError(
+                    "AdadeltaMonitor with ShardPolicy(stage=2), where gradients are gone after a "
+                    "step: use stage=1, or leave the monitor out."
+                )
             self._partitioned |= partitioned
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -84,7 +93,9 @@ class AdadeltaMonitor(pl.callbacks.Callback):
         sums, self._before = self._sums.to(trainer.strategy.root_device), {}
         if self._partitioned:
             sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        self.latest = self._values(sums.cpu())
+        within = (innermost(wrapped)[0] for wrapped in trainer.optimizers)
+        skipped = self._skipped + sum(getattr(o, "skipped_steps", 0) for o in within)
+        self.latest = self._values(sums.cpu(), skipped)
         self._rows = None
         for logger in trainer.loggers:
             logger.log_metrics(self.latest, step=self._step)
@@ -139,11 +150,11 @@ class AdadeltaMonitor(pl.callbacks.Callback):
                 if row is not None:
                     self._sums[row] += torch.tensor(squares, dtype=torch.float64)
 
-    def _values(self, sums: Tensor) -> dict[str, float]:
+    def _values(self, sums: Tensor, skipped: int) -> dict[str, float]:
         assert self._rows is not None
         values = {
             "adadelta/gradient_norm": sums[: self._groups, 0].sum().sqrt().item(),
-            "adadelta/skipped_steps": float(self._skipped),
+            "adadelta/skipped_steps": float(skipped),
         }
         for name, row in self._rows.items():
             values |= _of_row(f"adadelta/{name}", sums[row].tolist())

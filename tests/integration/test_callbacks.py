@@ -5,6 +5,7 @@ import math
 import lightning.pytorch as pl
 import pytest
 from lightning_jobs import Job, run, run_alone
+from ranks import RankFailure
 
 EVERY = 2
 
@@ -122,6 +123,21 @@ def test_the_timer_splits_a_step(pool, strategy):
         else:
             assert row["step/bytes_sent"] == row["step/reduce_wait_ms"] == 0
     assert zero["left"] == 0
+
+
+def test_the_monitor_refuses_gradients_that_are_gone(pool):
+    job = Job(strategy="sharded_adadelta_zero2")
+    with pytest.raises(RankFailure, match="AdadeltaMonitor with ShardPolicy"):
+        pool(2).run(watched, 2, job, MONITOR)
+
+
+def test_the_timer_splits_a_step_of_stage_2_too(pool):
+    job = Job(strategy="sharded_adadelta_zero2")
+    for rank in pool(2).run(watched, 2, job, {"StepTimer": {"every_n_steps": EVERY}}):
+        for _, row in rank["rows"]:
+            assert row["step/update_ms"] > 0
+            assert row["step/bytes_sent"] > 0
+        assert rank["left"] == 0
 
 
 def test_the_report_adds_up(pool):

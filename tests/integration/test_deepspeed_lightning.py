@@ -47,6 +47,7 @@ def fit(rank, world_size, stages, folder):
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
     from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
+    from adadelta_dist.strategies.callbacks import AdadeltaMonitor
     from adadelta_dist.strategies.deepspeed import register, unregister
 
     class OnCpu(DeepSpeedStrategy):
@@ -101,7 +102,7 @@ def fit(rank, world_size, stages, folder):
             del config["train_batch_size"], config["gradient_accumulation_steps"]
             config["train_micro_batch_size_per_gpu"] = jobs.BATCH // world_size
             strategy = OnCpu(config=config)
-            losses = Losses()
+            losses, monitor = Losses(), AdadeltaMonitor(every_n_steps=1)
             saver = ModelCheckpoint(f"{folder}/{stage}", filename="last", save_top_k=-1)
             trainer = pl.Trainer(
                 accelerator="cpu",
@@ -109,7 +110,7 @@ def fit(rank, world_size, stages, folder):
                 strategy=strategy,
                 plugins=[Environment()],
                 max_epochs=1,
-                callbacks=[losses, saver],
+                callbacks=[losses, saver, monitor],
                 use_distributed_sampler=False,
                 logger=False,
                 enable_progress_bar=False,
@@ -117,7 +118,8 @@ def fit(rank, world_size, stages, folder):
             )
             trainer.fit(Module(), DataLoader(Batches(rank, world_size), batch_size=None))
             kind = type(strategy.model.basic_optimizer).__name__
-            results[stage] = losses.seen, kind, sorted(os.listdir(f"{folder}/{stage}/last.ckpt"))
+            files = sorted(os.listdir(f"{folder}/{stage}/last.ckpt"))
+            results[stage] = losses.seen, kind, files, monitor.latest
     finally:
         unregister()
     return results
@@ -137,6 +139,17 @@ def fitted(tmp_path_factory):
 def test_a_trainer_takes_the_steps_of_one_process(fitted, stage):
     losses = [sum(step) / 2 for step in zip(*(r[stage][0] for r in fitted), strict=True)]
     assert losses == pytest.approx(jobs.train_alone(STEPS), rel=1e-5)
-    for _, kind, files in (of_rank[stage] for of_rank in fitted):
+    for _, kind, files, _ in (of_rank[stage] for of_rank in fitted):
         assert kind == ("FusedAdadelta" if stage else "StageZeroAdadelta")
         assert "checkpoint" in files, "DeepSpeed's own folder"
+
+
+def test_the_monitor_sees_the_same_at_every_stage(fitted):
+    zero, one = fitted
+    for stage in range(4):
+        assert zero[stage][3] == one[stage][3]
+        for key, value in zero[0][3].items():
+            padded = stage and key.endswith("_rms")  # DeepSpeed's padding counts as elements
+            assert zero[stage][3][key] == pytest.approx(value, rel=5e-3 if padded else 1e-4)
+    assert zero[0][3]["adadelta/gradient_norm"] > 0
+    assert zero[0][3]["adadelta/group_0/effective_lr"] > 0
