@@ -11,16 +11,15 @@ ranks it is, so any number resumes.
 """
 
 import os
-import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor
+
+from adadelta_dist.folder import staged
 
 from .deepspeed_checkpoint import Checkpoint, check_adadelta, load, one_step
 from .deepspeed_state import GROUPS_KEY, UNIVERSAL
@@ -40,7 +39,8 @@ def write_universal(checkpoint: Checkpoint, folder: Path) -> None:
     Raises:
         FileExistsError: `folder` exists.
     """
-    with _appearing(folder) as unfinished:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with staged(folder, is_folder=True) as unfinished:
         for name in checkpoint.shapes:
             _write_parameter(checkpoint, name, unfinished / "zero" / name)
         _save(_optimizer_state(checkpoint), unfinished / "zero" / "optimizer_state.pt")
@@ -154,17 +154,3 @@ def _compact(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _compact(item) for key, item in value.items()}
     return [_compact(item) for item in value] if isinstance(value, list) else value
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder to write, which gets its name when the block has ended well."""
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: give a folder that does not")
-    unfinished = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.incomplete"
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        os.rename(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

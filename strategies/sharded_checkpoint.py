@@ -9,20 +9,23 @@ one file of it.
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as read
 from torch.distributed.checkpoint.state_dict_saver import save as write
+from torch.utils._pytree import tree_map_only
 
-from adadelta_dist import ShardedAdadelta
+from adadelta_dist import ShardedAdadelta, groups
 from adadelta_dist.agreement import agreement
+from adadelta_dist.folder import sync
 from adadelta_dist.groups import Group
+from adadelta_dist.reading import SafeReader, as_checkpoint_error, read_into
+from adadelta_dist.writing import StreamingWriter
 
 _META = "meta.pt"
 
@@ -53,10 +56,16 @@ def save(group: Group, checkpoint: dict[str, Any], path: Path) -> None:
         if group.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-    write(content, checkpoint_id=unfinished, process_group=group.process_group)
+    with agreement(group, f"saving {path}"), as_checkpoint_error(f"{path} could not be written"):
+        writer = StreamingWriter(unfinished)
+        write(content, storage_writer=writer, process_group=group.process_group)
+        for file in unfinished.glob(f"__{group.rank}_*"):
+            sync(file)
     with agreement(group, f"saving {path}"):
         if group.rank == 0:
             torch.save(rest, unfinished / _META)
+            for file in (unfinished / _META, unfinished / ".metadata", unfinished):
+                sync(file)
             _replace(unfinished, path)
 
 
@@ -77,7 +86,7 @@ def load(path: Path, module: nn.Module, *, strict: bool, weights_only: bool) -> 
         for name, value in own.items()
         if name in saved
     }
-    read({"model": model}, checkpoint_id=path)
+    read_into({"model": model}, path, process_group=groups.join(None).process_group)
     checkpoint: dict[str, Any] = torch.load(
         path / _META, map_location="cpu", weights_only=weights_only
     )
@@ -113,19 +122,20 @@ def load_optimizer(saved: OnDisk, optimizer: ShardedAdadelta, module: nn.Module)
     """
     metadata = _metadata(saved.path)
     own = by_name(optimizer, module)
-    groups = _empty_groups(metadata, saved.key)
+    there = _empty_groups(metadata, saved.key)
     paths = [keys for keys in _paths(metadata).values() if keys[:2] == (saved.key, "state")]
     names = {keys[2] for keys in paths}
     state = {name: entry for name, entry in own["state"].items() if name in names}
-    content = {saved.key: {"state": state, "param_groups": groups}}
-    read(content, checkpoint_id=saved.path)
+    state = tree_map_only(Tensor, partial(torch.zeros_like, device="cpu"), state)  # not in place
+    content = {saved.key: {"state": state, "param_groups": there}}
+    read_into(content, saved.path, process_group=optimizer._group.process_group)
     here = [group["params"] for group in own["param_groups"]]
-    there = [group["params"] for group in groups]
-    if list(map(sorted, here)) != list(map(sorted, there)):
+    theirs = [group["params"] for group in there]
+    if list(map(sorted, here)) != list(map(sorted, theirs)):
         raise ValueError(
-            f"{saved.path}: {saved.key} has the parameter groups {there}, and this model {here}"
+            f"{saved.path}: {saved.key} has the parameter groups {theirs}, and this model {here}"
         )
-    ordered = [group | {"params": params} for group, params in zip(groups, here, strict=True)]
+    ordered = [group | {"params": params} for group, params in zip(there, here, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": ordered})
 
 
@@ -148,7 +158,7 @@ def _replace(new: Path, path: Path) -> None:
 
 
 def _metadata(path: Path) -> Metadata:
-    return FileSystemReader(path).read_metadata()
+    return SafeReader(path).read_metadata()
 
 
 def _paths(metadata: Metadata) -> Mapping[str, tuple[Any, ...]]:
