@@ -3,10 +3,11 @@
 import atexit
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from . import collectives, folder
 from .agreement import agreement
+from .flat_slice import FlatSlice
 from .groups import Group
 from .history import prune
 from .named_state import group_of, named_state
@@ -31,10 +34,11 @@ _in_flight: list[Future[Path]] = []
 
 @dataclass(frozen=True)
 class _Work:
-    """What a save writes, whoever runs it."""
+    """What a save writes, whoever runs it; `parameters` for their names and shapes."""
 
     path: Path
     state: dict[str, Any]
+    parameters: dict[str, Tensor]
     extra: bytes | None
     optimizer: str
     keep: int | None
@@ -144,13 +148,49 @@ def _prepare(
             raise ValueError(f"keep must be at least 1, or None to remove nothing; got {keep}")
         if os.path.lexists(path):
             raise FileExistsError(f"path {path} exists: remove it, or give another name")
-        state = named_state(model, optimizer)
-        _check_readable(state)
+        whole = named_state(model, optimizer)
+        _check_readable(whole)
+        named = chain.from_iterable(g["params"] for g in whole["optimizer"]["param_groups"])
+        parameters = {name: whole["model"][name] for name in named}
+        state = _own_share(whole, parameters.keys(), group)
         packed = None if extra is None else _packed("extra", extra)
         if copy:
             state = tree_map_only(Tensor, _on_host, state)
-        work = _Work(path, state, packed, type(optimizer).__name__, keep)
+        work = _Work(path, state, parameters, packed, type(optimizer).__name__, keep)
     return work
+
+
+def _own_share(state: dict[str, Any], parameters: Iterable[str], group: Group) -> dict[str, Any]:
+    """What this rank writes: its slices, and its part of what is equal on all ranks.
+
+    Parameters and whole optimizer state are dealt out by size. What else the model has, such as
+    running statistics, need not be equal, and comes from rank 0.
+    """
+    entries = state["optimizer"]["state"]
+    equal = [(state["model"], name) for name in sorted(parameters)]
+    equal += [(entries[name], key) for name in sorted(entries) for key in sorted(entries[name])]
+    equal = [(at, key) for at, key in equal if _is_whole(at[key])]
+    written_by: dict[tuple[int, str], int] = {}
+    loads = [0] * group.world_size
+    for at, key in sorted(equal, key=lambda item: -item[0][item[1]].nbytes):
+        least = loads.index(min(loads))
+        loads[least] += at[key].nbytes
+        written_by[id(at), key] = least
+
+    def own(at: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: value
+            for key, value in at.items()
+            if not _is_whole(value) or written_by.get((id(at), key), 0) == group.rank
+        }
+
+    shared = {"state": {n: own(e) for n, e in entries.items()}}
+    return {"model": own(state["model"]), "optimizer": state["optimizer"] | shared}
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a tensor of which every rank has all, rather than a part or a value."""
+    return isinstance(value, Tensor) and not isinstance(value, FlatSlice | DTensor)
 
 
 def _check_readable(state: dict[str, Any]) -> None:
@@ -219,13 +259,12 @@ def _write_own(group: Group, work: _Work, temporary: Path) -> list[str]:
     """Write what needs no other rank; returns the files' names."""
     written = []
     if group.rank == 0:
-        parameters = _parameters(work.state)
         groups = work.state["optimizer"]["param_groups"]
         folder.write_manifest(
             temporary,
             world_size=group.world_size,
             optimizer=work.optimizer,
-            parameters=parameters,
+            parameters=work.parameters,
             groups=groups,
         )
         written.append(folder.MANIFEST)
@@ -249,11 +288,6 @@ def _write_tensors(group: Group, work: _Work, temporary: Path) -> list[str]:
         )
     own = [file.name for file in temporary.glob(f"__{group.rank}_*")]
     return [*own, ".metadata"] if group.rank == 0 else own
-
-
-def _parameters(state: dict[str, Any]) -> dict[str, Tensor]:
-    groups = state["optimizer"]["param_groups"]
-    return {name: state["model"][name] for group in groups for name in group["params"]}
 
 
 def _publish(work: _Work, temporary: Path, sums: dict[str, str]) -> None:
