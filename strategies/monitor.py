@@ -144,7 +144,8 @@ class AdadeltaMonitor(pl.callbacks.Callback):
         for piece, before in zip(pieces(optimizer), self._before[optimizer], strict=True):
             if piece.grad is None:
                 continue
-            change = piece.values - before
+            # DeepSpeed's padding is memory as it was found, and may be NaN.
+            change = (piece.values - before).masked_fill(~before.isfinite(), 0.0)
             squares = [_square_sum(piece.grad), _square_sum(change), float(piece.values.numel())]
             for row in (self._row_of.get(id(piece.group)), self._row_of.get(piece.param)):
                 if row is not None:
