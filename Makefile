@@ -6,8 +6,9 @@ READY := .venv/.ready
 .PHONY: demo test check bench clean
 
 demo: $(READY)  ## train on 2 ranks, resume on 1, leave runs/demo/curves.png
+	rm -rf runs/demo
 	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_torchrun.py --out runs/demo
-	$(BIN)/python examples/train_torchrun.py --out runs/demo --resume runs/demo/checkpoint.pt --epochs 14
+	$(BIN)/python examples/train_torchrun.py --out runs/demo --resume runs/demo/checkpoints --epochs 14
 
 test: $(READY)  ## all tests, with real processes
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -34,7 +34,8 @@ def attach(
     bucket_of: Mapping[Tensor, FlatBucket],
     wait: Callable[[Sequence[FlatBucket]], None],
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    """Have each module wait for its own parameters before its forward and its `state_dict`.
+    """Have each module wait for its own parameters before its forward, and before its state
+    is read or loaded.
 
     Raises:
         ValueError: the model has trainable parameters that are in no bucket.
@@ -58,4 +59,6 @@ def attach(
 
             handles.append(module.register_forward_pre_hook(hook, prepend=True))
             handles.append(module.register_state_dict_pre_hook(hook))
+            # What is loaded must not be overwritten by what arrives late.
+            handles.append(module.register_load_state_dict_pre_hook(hook))
     return handles

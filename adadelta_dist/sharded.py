@@ -126,9 +126,9 @@ class ShardedAdadelta(ShardedGradients):
     def attach(self, model: nn.Module) -> None:
         """Say which model waits for its parameters, with `policy.overlap_gather`. Collective.
 
-        Each module waits before its forward, and before its `state_dict`, for the parameters
-        that it owns. Whoever reads them in another way (a module that uses another's weight,
-        an average of the weights) calls `wait()` first.
+        Each module waits before its forward, `state_dict` and `load_state_dict` for the
+        parameters that it owns. Whoever reads or writes them in another way (a module that uses
+        another's weight, an average of the weights) calls `wait()` first.
 
         Raises:
             ValueError: the model has trainable parameters that the optimizer does not have.
@@ -241,20 +241,21 @@ class ShardedAdadelta(ShardedGradients):
         except Exception as raised:
             error = raised
         self._reduce(f"step of gradients times {inverse_scale}", error)
-        if (self._policy.skip_nonfinite or is_scaled) and self._is_nonfinite():
+        if (self._policy.skip_nonfinite or is_scaled) and self._is_nonfinite(is_scaled):
             self.skipped_steps += 1
         else:
             self._step_shards(fused, inverse_scale)
         self._announced = False
         self._reducer.reset()
 
-    def _is_nonfinite(self) -> bool:
+    def _is_nonfinite(self, is_scaled: bool) -> bool:
         """Whether a gradient is not finite on any rank. Collective."""
         for shard in self._shards:
             shard.bucket.wait()
         grads = [shard.bucket.grad_shard for shard in self._shards]
         found = scaling.any_nonfinite(self._group, grads, self)
-        scaling.tell_scaler(self, found)
+        if is_scaled:
+            scaling.tell_scaler(self, found)
         return found
 
     def _step_shards(self, fused: list[bool], inverse_scale: float) -> None:

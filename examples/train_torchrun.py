@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/train_torchrun.py
     torchrun --nproc-per-node 2 examples/train_torchrun.py --data folder/of/mnist
-    python examples/train_torchrun.py --resume runs/torchrun/checkpoint.pt --epochs 14
+    python examples/train_torchrun.py --resume runs/torchrun/checkpoints --epochs 14
 
 Every number of ranks trains on the same batches, so it takes the same steps, and a
 checkpoint made with one number of ranks goes on with any other.
@@ -14,13 +14,13 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from checkpoint import read_checkpoint, write_checkpoint
 from data import CLASSES, Data, batches, load, share
 from model import CONFIG, Config, perceptron, read_config
 from pictures import curves
@@ -31,7 +31,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
-from adadelta_dist import ShardedAdadelta
+from adadelta_dist import ShardedAdadelta, load_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Plan:
     sizes: list[int]
     epochs: int
     seed: int
-    checkpoint: dict[str, Any] | None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -87,7 +86,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of MNIST's IDX files; default: digits")
     parser.add_argument("--config", type=Path, default=CONFIG, help="JSON of hyperparameters")
     parser.add_argument("--out", type=Path, default=Path("runs/torchrun"), help="folder to write")
-    parser.add_argument("--resume", type=Path, help="checkpoint.pt to go on from")
+    parser.add_argument("--resume", type=Path, help="checkpoint, or a folder of them: the newest")
     parser.add_argument("--epochs", type=int, help="in total; default: as configured")
     parser.add_argument("--optimizer", choices=["sharded", "torch"], default="sharded")
     parser.add_argument("--seed", type=int, default=0)
@@ -127,17 +126,24 @@ def prepare(args: argparse.Namespace, job: Job) -> Plan:
         raise ValueError(f"{job.world_size} ranks cannot share batches of {config.batch_size}")
     data = load(args.data).to(job.device)
     sizes = [data.inputs, *config.hidden, CLASSES]
-    checkpoint = None if args.resume is None else read_checkpoint(args.resume, sizes)
     epochs = config.epochs[data.name] if args.epochs is None else args.epochs
-    done = 0 if checkpoint is None else checkpoint["epoch"]
-    if epochs <= done:
-        raise ValueError(f"{epochs} epochs wanted and {done} done already: give a higher --epochs")
     args.out.mkdir(parents=True, exist_ok=True)
-    return Plan(config, data, sizes, epochs, args.seed, checkpoint)
+    if args.resume is None and (args.out / "checkpoints").exists():
+        raise ValueError(f"--out {args.out} has checkpoints already: --resume them, or remove them")
+    return Plan(config, data, sizes, epochs, args.seed)
 
 
-def agree(job: Job, problem: str | None) -> None:
-    """Go on if no rank has a problem; else rank 0 says which, and all leave. Collective."""
+def attempt(job: Job, action: Callable[[], Any]) -> Any:
+    """What `action` returns; if it raises on any rank, all leave, and rank 0 says why. Collective.
+
+    Raises:
+        SystemExit: on every rank.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except (OSError, ValueError, RuntimeError) as error:
+        problem = str(error)
     problems = [problem] * job.world_size
     if dist.is_initialized():
         dist.all_gather_object(problems, problem)
@@ -147,23 +153,31 @@ def agree(job: Job, problem: str | None) -> None:
         if dist.is_initialized():
             dist.barrier()
         raise SystemExit(2)
+    return result
 
 
 def build(job: Job, plan: Plan, kind: str) -> Training:
-    """Model and optimizer, as new or as in the checkpoint. Collective."""
+    """Model and optimizer, as new. Collective."""
     model = perceptron(plan.sizes, plan.seed).to(job.device)
     values = {name: getattr(plan.config, name) for name in ("lr", "rho", "eps")}
     make = ShardedAdadelta if kind == "sharded" else torch.optim.Adadelta
-    training = Training(job, plan, model, make(model.named_parameters(), **values))
-    saved = plan.checkpoint
-    if saved is not None:
-        model.load_state_dict(saved["model"])
-        training.optimizer.load_state_dict(saved["optimizer"])
-        training.history = saved["history"]
-        if job.leads:
-            then, now = saved["world_size"], job.world_size
-            print(f"resumed at epoch {saved['epoch']}, saved at world size {then}, now {now}")
-    return training
+    return Training(job, plan, model, make(model.named_parameters(), **values))
+
+
+def resume(training: Training, path: Path) -> None:
+    """Go on from a checkpoint, of whatever world size. Collective.
+
+    Raises:
+        OSError, ValueError, RuntimeError: on every rank, in words for the user.
+    """
+    loaded = load_checkpoint(path, training.model, training.optimizer)
+    training.history = loaded.extra["history"]
+    done, wanted = training.epochs_done, training.plan.epochs
+    if wanted <= done:
+        raise ValueError(f"{wanted} epochs wanted and {done} done already: give a higher --epochs")
+    if training.job.leads:
+        then, now = loaded.extra["world_size"], training.job.world_size
+        print(f"resumed at epoch {done}, saved at world size {then}, now {now}")
 
 
 def train(training: Training, out: Path) -> None:
@@ -190,7 +204,9 @@ def train(training: Training, out: Path) -> None:
         training.history["epochs"].append(row)
         if job.leads:
             tqdm.write(f"{epoch:5}  {loss:10.4f}  {error:12.2f}  {row['seconds']:7.2f}")
-        save(training, out / "checkpoint.pt")
+        extra = {"history": training.history, "world_size": job.world_size}
+        folder = out / "checkpoints" / f"epoch-{epoch}"
+        save_checkpoint(folder, training.model, training.optimizer, extra=extra, keep=1)
 
 
 def train_epoch(training: Training, epoch: int, recorder: StepRecorder | None) -> float:
@@ -230,22 +246,6 @@ def test_error(training: Training) -> float:
     return 100 * (1 - accuracy.compute().item())
 
 
-def save(training: Training, path: Path) -> None:
-    """Gather the optimizer's state on rank 0, which writes it with the rest. Collective."""
-    if isinstance(training.optimizer, ShardedAdadelta):
-        training.optimizer.consolidate_state_dict(to=0)
-    if training.job.leads:
-        checkpoint = {
-            "model": training.model.state_dict(),
-            "optimizer": training.optimizer.state_dict(),
-            "epoch": training.epochs_done,
-            "world_size": training.job.world_size,
-            "sizes": training.plan.sizes,
-            "history": training.history,
-        }
-        write_checkpoint(checkpoint, path)
-
-
 def report(training: Training, out: Path) -> None:
     """A table of the optimizer's memory; the history and its picture, as files. Collective."""
     job, plan, history = training.job, training.plan, training.history
@@ -264,20 +264,16 @@ def report(training: Training, out: Path) -> None:
     (out / "history.json").write_text(json.dumps(history, indent=1) + "\n")
     network = "-".join(map(str, plan.sizes))
     curves(history, f"Adadelta on {plan.data.title}: a {network} perceptron", out / "curves.png")
-    print(f"\nwrote checkpoint.pt, history.json and curves.png to {out}")
+    print(f"\nwrote checkpoints, history.json and curves.png to {out}")
 
 
 def main() -> None:
     args, job = parse_args(), start_job()
     try:
-        plan, problem = None, None
-        try:
-            plan = prepare(args, job)
-        except (OSError, ValueError) as error:
-            problem = str(error)
-        agree(job, problem)
-        assert plan is not None
+        plan = attempt(job, lambda: prepare(args, job))
         training = build(job, plan, args.optimizer)
+        if args.resume is not None:
+            attempt(job, lambda: resume(training, args.resume))
         train(training, args.out)
         report(training, args.out)
     finally:

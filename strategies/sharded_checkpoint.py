@@ -75,21 +75,23 @@ def load(path: Path, module: nn.Module, *, strict: bool, weights_only: bool) -> 
     Raises:
         ValueError: the checkpoint is of another model, and `strict`.
     """
-    metadata = _metadata(path)
-    saved = {keys[1] for keys in _paths(metadata).values() if keys[0] == "model"}
-    own: dict[str, Any] = module.state_dict()
-    if strict and saved != own.keys():
-        lacks, more = sorted(own.keys() - saved), sorted(saved - own.keys())
-        raise ValueError(f"{path} is of another model: it lacks {lacks} and has {more} besides")
+    group = groups.join(None)
+    with agreement(group, f"loading {path}"):
+        metadata = _metadata(path)
+        saved = {keys[1] for keys in _paths(metadata).values() if keys[0] == "model"}
+        own: dict[str, Any] = module.state_dict()
+        if strict and saved != own.keys():
+            lacks, more = sorted(own.keys() - saved), sorted(saved - own.keys())
+            raise ValueError(f"{path} is of another model: it lacks {lacks} and has {more} besides")
+        checkpoint: dict[str, Any] = torch.load(
+            path / _META, map_location="cpu", weights_only=weights_only
+        )
     model = {
         name: torch.empty_like(value, device="cpu") if isinstance(value, Tensor) else value
         for name, value in own.items()
         if name in saved
     }
-    read_into({"model": model}, path, process_group=groups.join(None).process_group)
-    checkpoint: dict[str, Any] = torch.load(
-        path / _META, map_location="cpu", weights_only=weights_only
-    )
+    read_into({"model": model}, path, process_group=group.process_group)
     checkpoint["state_dict"] = model
     keys = sorted({k[0] for k in _paths(metadata).values() if k[0].startswith("optimizer_")})
     if keys:
@@ -120,7 +122,8 @@ def load_optimizer(saved: OnDisk, optimizer: ShardedAdadelta, module: nn.Module)
     Raises:
         ValueError: the saved groups have other parameters.
     """
-    metadata = _metadata(saved.path)
+    with agreement(optimizer._group, f"loading {saved.path}"):
+        metadata = _metadata(saved.path)
     own = by_name(optimizer, module)
     there = _empty_groups(metadata, saved.key)
     paths = [keys for keys in _paths(metadata).values() if keys[:2] == (saved.key, "state")]

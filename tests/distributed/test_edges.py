@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -304,7 +305,7 @@ def test_native_collectives_average_and_gather(pool):
 
 def of_cuda_alone(rank):
     """A group that cannot send from the CPU: what ranks agree on must not queue with gradients."""
-    before = groups.Group.backends
+    before, monkeypatch = groups.Group.backends, pytest.MonkeyPatch()
     groups.Group.backends = property(lambda self: {"cuda": "nccl"})
     try:
         theirs = groups.join(None)
@@ -314,15 +315,24 @@ def of_cuda_alone(rank):
         assert len(set(map(id, ways))) == 4
         assert background.control is None
         assert group.control_device.type == "cpu"
-        return int(collectives.combine(group, torch.tensor(rank), "max")), (
-            collectives.all_gather_object(group, rank)
-        )
+        used = []
+        for name in ("all_reduce", "all_gather_object"):
+            own = getattr(dist, name)
+            monkeypatch.setattr(dist, name, partial(recorded, used, own))
+        found = int(collectives.combine(group, torch.tensor(rank), "max"))
+        return found, collectives.all_gather_object(group, rank), used == [group.control] * 2
     finally:
         groups.Group.backends = before
+        monkeypatch.undo()
+
+
+def recorded(used, function, *args, group, **kwargs):
+    used.append(group)
+    return function(*args, group=group, **kwargs)
 
 
 def test_agreement_goes_another_way_than_native_reductions(pool):
-    assert pool(2).run(of_cuda_alone) == [(1, [0, 1])] * 2
+    assert pool(2).run(of_cuda_alone) == [(1, [0, 1], True)] * 2
 
 
 LEAVES_IN_FLIGHT = """

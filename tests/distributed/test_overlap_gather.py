@@ -114,3 +114,26 @@ def stranger(rank):
 
 def test_a_model_with_other_parameters_is_an_error_on_every_rank(pool):
     pool(2).run(stranger)
+
+
+def load_while_others_arrive(rank):
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=POLICIES[0])
+    optimizer.attach(module)
+    wanted = {name: torch.full_like(value, 3.0) for name, value in module.state_dict().items()}
+    loss_of(module, batch(rank, 0)).backward()
+    start = optimizer._gathers.start
+
+    def late(bucket):
+        time.sleep(0.2 * rank)
+        start(bucket)
+
+    optimizer._gathers.start = late
+    optimizer.step()
+    module.load_state_dict(wanted)
+    optimizer.wait()
+    return all(torch.equal(value, wanted[name]) for name, value in module.state_dict().items())
+
+
+def test_what_is_loaded_is_not_overwritten_by_what_arrives_late(pool):
+    assert pool(2).run(load_while_others_arrive) == [True, True]

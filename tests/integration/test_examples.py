@@ -34,14 +34,14 @@ def two_ranks(tmp_path_factory):
 def interrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupted")
     run(2, "--out", str(folder), "--epochs", "3")
-    return folder / "checkpoint.pt"
+    return folder / "checkpoints"
 
 
 def test_it_learns_and_leaves_what_it_promises(two_ranks):
     folder, printed = two_ranks
     assert epochs(folder)[-1]["test_error"] < 8  # 10 classes: 90 % by chance
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "checkpoint.pt").exists()
+    assert [f.name for f in (folder / "checkpoints").iterdir()] == ["epoch-5"]
     assert "rank 0 of 2" in printed
     assert printed.count("epoch  train loss") == 1, "only rank 0 prints"
 
@@ -70,7 +70,7 @@ def test_it_resumes_at_another_world_size(two_ranks, interrupted, tmp_path, worl
     ("arguments", "message"),
     [
         (["--data", "nowhere"], "nowhere"),
-        (["--resume", "nowhere.pt"], "there is no file nowhere.pt"),
+        (["--resume", "nowhere"], "path nowhere: there is no such folder"),
         (["--optimizer", "torch"], "one process"),
     ],
 )

@@ -25,7 +25,7 @@ from checkpoints import (
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import adadelta_dist
-from adadelta_dist import Adadelta, ShardedAdadelta
+from adadelta_dist import Adadelta, ShardedAdadelta, load_checkpoint, save_checkpoint
 from adadelta_dist.convert import convert
 from adadelta_dist.folder import read_manifest, verify
 
@@ -106,6 +106,17 @@ def test_our_optimizers_read_and_write_both_forms(tmp_path, cls, but):
     save_dcp(tmp_path / "ours", *build(cls=cls))
     convert(tmp_path / "ours", tmp_path / "ours.pt", "torch")
     assert_same(load_torch(tmp_path / "ours.pt"), build(), but=but)
+
+
+def test_masters_go_along(tmp_path):
+    saved = build(cls=ShardedAdadelta)
+    save_checkpoint(tmp_path / "a", *saved)
+    convert(tmp_path / "a", tmp_path / "b.pt", "torch")
+    convert(tmp_path / "b.pt", tmp_path / "c", "dcp")
+    got = build(seed=1, steps=1, cls=ShardedAdadelta)
+    load_checkpoint(tmp_path / "c", *got)
+    assert got[1].state[got[0].brain]["master"].dtype == torch.float32
+    assert_same(got, saved)
 
 
 def test_views_of_one_memory_are_written_on_their_own(tmp_path):
