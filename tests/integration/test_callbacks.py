@@ -4,6 +4,7 @@ import math
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning_jobs import Job, run, run_alone
 from ranks import RankFailure
 
@@ -123,6 +124,23 @@ def test_the_timer_splits_a_step(pool, strategy):
         else:
             assert row["step/bytes_sent"] == row["step/reduce_wait_ms"] == 0
     assert zero["left"] == 0
+
+
+def test_the_monitor_leaves_out_what_was_no_number_before():
+    """Such as DeepSpeed's padding, which is memory as it was found."""
+    from adadelta_dist.strategies.callbacks import AdadeltaMonitor
+
+    param = torch.nn.Parameter(torch.tensor([1.0, math.nan, math.inf]))
+    optimizer, monitor = torch.optim.Adadelta([param]), AdadeltaMonitor(every_n_steps=1)
+    monitor._rows, monitor._row_of = {"group_0": 0}, {id(optimizer.param_groups[0]): 0}
+    monitor._sums = torch.zeros(1, 3, dtype=torch.float64)
+    param.grad = torch.tensor([2.0, 0.0, 0.0])
+    monitor._before_step(optimizer)
+    optimizer.step()
+    monitor._after_step(optimizer)
+    squared_gradients, squared_updates, numel = monitor._sums[0].tolist()
+    assert (squared_gradients, numel) == (4.0, 3.0)
+    assert squared_updates == pytest.approx((param[0].item() - 1.0) ** 2)
 
 
 def test_the_monitor_refuses_gradients_that_are_gone(pool):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,10 @@ from adadelta_dist import (
     load_checkpoint,
     save_checkpoint,
 )
+from adadelta_dist.functional import ACCUMULATORS
+from adadelta_dist.groups import Group
+from adadelta_dist.named_state import named_state
+from adadelta_dist.saving import _own_share
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,3 +185,31 @@ def test_a_path_that_somebody_else_makes_meanwhile_is_left_to_them(tmp_path):
     assert [f.name for f in tmp_path.rglob("*")] == ["a"]
     with pytest.raises(CheckpointError, match="the asynchronous save before this failed"):
         save_checkpoint(tmp_path / "b", module, Adadelta(module.parameters()))
+
+
+def test_each_rank_has_its_own_share_of_what_is_equal_and_rank_0_the_rest():
+    module = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 20))
+    optimizer = torch.optim.Adadelta(module.parameters())
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    whole = named_state(module, optimizer)
+    parameters = dict(module.named_parameters())
+    shares = [_own_share(whole, parameters, Group(None, rank, 3)) for rank in range(3)]
+    owners = Counter(name for share in shares for name in share["model"])
+    assert owners == Counter(whole["model"].keys())  # each once
+    assert {"1.running_mean", "1.running_var"} <= shares[0]["model"].keys()
+    entries = Counter(
+        (name, key)
+        for share in shares
+        for name, entry in share["optimizer"]["state"].items()
+        for key in entry
+    )
+    assert entries == Counter((n, k) for n in parameters for k in ("step", *ACCUMULATORS))
+    held = [sum(t.nbytes for t in tensors(share)) for share in shares]
+    assert max(held) - min(held) < max(p.nbytes for p in module.parameters())
+
+
+def tensors(share):
+    entries = share["optimizer"]["state"].values()
+    return [*share["model"].values(), *(value for entry in entries for value in entry.values())]
