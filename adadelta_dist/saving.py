@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
-from . import collectives, folder
+from . import collectives, folder, staging
 from .agreement import agreement
 from .flat_slice import FlatSlice
 from .groups import Group
@@ -95,7 +94,8 @@ def async_save_checkpoint(
     """`save_checkpoint` that only copies, and writes while training goes on. Collective.
 
     One save is in flight at a time: the next save or load waits for it, and raises its
-    error. Leaving the program waits too; wait before `destroy_process_group`.
+    error. Leaving the program waits too; wait before `destroy_process_group`. The copies, this
+    rank's share of the checkpoint, stay in host memory for the next save to write over.
 
     Returns:
         A future whose `result()` waits for the folder, and raises what went wrong.
@@ -104,7 +104,7 @@ def async_save_checkpoint(
     settle()
     work = _prepare(group, path, model, optimizer, extra, keep, copy=True)
     apart = collectives.open_background(group)
-    future = _writer.submit(_write, apart, work)
+    future = _writer.submit(_write_behind, apart, work)
     _in_flight.append(future)
     return future
 
@@ -155,7 +155,7 @@ def _prepare(
         state = _own_share(whole, parameters.keys(), group)
         packed = None if extra is None else _packed("extra", extra)
         if copy:
-            state = tree_map_only(Tensor, _on_host, state)
+            state = staging.copied(state)
         work = _Work(path, state, parameters, packed, type(optimizer).__name__, keep)
     return work
 
@@ -255,6 +255,14 @@ def _write(group: Group, work: _Work) -> Path:
     return work.path
 
 
+def _write_behind(group: Group, work: _Work) -> Path:
+    """`_write` of copies, whose memory the next save takes. Collective."""
+    try:
+        return _write(group, work)
+    finally:
+        staging.give_back(work.state)
+
+
 def _write_own(group: Group, work: _Work, temporary: Path) -> list[str]:
     """Write what needs no other rank; returns the files' names."""
     written = []
@@ -303,8 +311,3 @@ def _publish(work: _Work, temporary: Path, sums: dict[str, str]) -> None:
     folder.publish(temporary, work.path)
     if work.keep is not None:
         prune(work.path, work.keep)
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory, which the next step leaves alone."""
-    return tensor.detach().to("cpu", copy=True)

@@ -51,6 +51,7 @@ ORDER = [
     "sharded",
     "named_state",
     "matching",
+    "staging",
     "saving",
     "loading",
     "__init__",
