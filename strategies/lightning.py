@@ -3,10 +3,12 @@
 Import this module, and `Trainer(strategy="sharded_adadelta")` knows it.
 """
 
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +21,16 @@ from adadelta_dist.agreement import agreement
 from . import clipping, conversion, sharded_checkpoint
 from .broadcast import BufferBroadcast, broadcast_module_
 from .frameworks import fabric, pl
+from .meeting import MeetingOnException
 
+_meetings = count()
 _WHAT = "configure_optimizers"
+_SEES_GRADIENTS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
+_FREED = (
+    "ZeRO stage 2 frees gradients during backward, so p.grad is None and has no norm to clip. "
+    "Clip with gradient_clip_val or self.clip_gradients; optimizer.grad_shard(p), on every rank, "
+    "is a slice of the average; strategy='sharded_adadelta' keeps p.grad."
+)
 
 
 class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
@@ -77,6 +87,7 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         self._policy, self._checkpoint = policy, checkpoint
         self._buffers = BufferBroadcast(broadcast_buffers)
         self._blocked = False
+        self._meeting = MeetingOnException(-1)
 
     def setup_distributed(self) -> None:
         """Initialise the process group."""
@@ -88,6 +99,13 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
             )
         super().setup_distributed()
 
+    def setup(self, trainer: "pl.Trainer") -> None:
+        """Prepare the module, its optimizers, and for exceptions. Collective."""
+        super().setup(trainer)
+        self._meeting.leave(trainer)  # if an exception has kept `teardown` from being called
+        self._meeting = MeetingOnException(self.broadcast(next(_meetings)))
+        self._meeting.join(trainer)
+
     def configure_ddp(self) -> None:
         """Nothing: the optimizers average the gradients."""
 
@@ -98,6 +116,7 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         try:
             super().setup_optimizers(trainer)
             self._refuse_none()
+            self._warn_of_freed_gradients()
         except Exception as raised:
             error = raised
         bare = [_bare(optimizer) for optimizer in self.optimizers]
@@ -199,9 +218,17 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
             else:
                 optimizer.load_state_dict(state)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Explain a gradient that is not there."""
+        super().on_exception(exception)
+        if "NoneType" in str(exception) and 2 in self._stages():
+            exception.args = (f"{exception}. If that was a gradient: {_FREED}",)
+
     def teardown(self) -> None:
-        """Leave the precision plugin as it was."""
+        """Leave the precision plugin and the Trainer's callbacks as they were."""
         vars(self.precision_plugin).pop("clip_gradients", None)
+        if self.lightning_module is not None and self.lightning_module._trainer is not None:
+            self._meeting.leave(self.lightning_module.trainer)
         super().teardown()
 
     @classmethod
@@ -218,11 +245,22 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         )
 
     def _refuse_none(self) -> None:
-        if any(isinstance(o, pl.core.optimizer._MockOptimizer) for o in self.optimizers):
+        mock = pl.core.optimizer._MockOptimizer
+        if not self.optimizers or any(isinstance(o, mock) for o in self.optimizers):
             raise TypeError(
-                "configure_optimizers returned None, and sharded_adadelta needs an Adadelta: "
-                "return torch.optim.Adadelta(self.parameters()), or train with strategy='ddp'."
+                "configure_optimizers returned no optimizer, and sharded_adadelta needs an "
+                "Adadelta: return torch.optim.Adadelta(self.parameters()), or train with "
+                "strategy='ddp'."
             )
+
+    def _warn_of_freed_gradients(self) -> None:
+        is_overridden = pl.utilities.model_helpers.is_overridden
+        hooks = [name for name in _SEES_GRADIENTS if is_overridden(name, self.lightning_module)]
+        if hooks and 2 in self._stages():
+            warnings.warn(f"{', '.join(hooks)}: {_FREED}", stacklevel=2)
+
+    def _stages(self) -> set[int]:
+        return {getattr(_bare(o), "_policy", self._policy).stage for o in self.optimizers}
 
 
 def _bare(optimizer: Optimizer) -> Any:

@@ -32,6 +32,7 @@ REMARKS = [
     r".*does not have many workers.*",  # a few dozen rows need no worker processes
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # torch's, of Lightning's calls
     r".*callbacks used to create the checkpoint need to be provided.*",  # no further saving
+    r"The \.grad attribute of a Tensor that is not a leaf.*",  # torch's compiler looks, in a logger
     r".*Using ModelCheckpoint with manual optimization.*",  # state after the step is meant
 ]
 
@@ -42,12 +43,14 @@ class Job:
 
     Args:
         optimizer: one of `kinds` below.
-        module: "automatic", "manual" (two optimizers), or "without bias".
+        module: "automatic", "manual" (two optimizers), "without bias", "normalised",
+            or "clips by itself".
         strategy: a name, or keyword arguments of ShardedAdadeltaStrategy.
         trainer: further arguments of Trainer.
         resume: checkpoint to go on from.
         save: {"every_n_train_steps": ...} and so on, of ModelCheckpoint, with "dirpath".
         missing_on: the rank whose loss does not reach the layer `extra`; -1: none.
+        compiled: by `torch.compile`: "part" or "whole" of the module.
         then: what to run after fit: "validate", "test", "predict".
     """
 
@@ -59,7 +62,7 @@ class Job:
     save: dict[str, Any] | None = None
     scheduler: str | None = None
     missing_on: int = -1
-    compiled: bool = False
+    compiled: str = ""
     then: tuple[str, ...] = ()
 
 
@@ -108,6 +111,7 @@ def _over_one_rank(module: Any) -> Any:
 WRONG = {
     "SGD": lambda module: torch.optim.SGD(module.parameters(), lr=1.0),
     "none": lambda module: None,
+    "empty list": lambda module: [],
     "SGD on rank 1": _on_one_rank,
     "raises on rank 1": lambda module: torch.optim.Adadelta(
         module.parameters(), lr=1 / (1 - module.rank)
@@ -134,6 +138,8 @@ def make_module(job: Job, world_size: int) -> Any:
             super().__init__()
             torch.manual_seed(3 + self.rank)  # the ranks must not start alike by chance
             self.body = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh())
+            if job.module == "normalised":
+                self.body.append(nn.BatchNorm1d(16))
             self.head = nn.Linear(16, CLASSES, bias=job.module != "without bias")
             self.extra = nn.Linear(INPUTS, CLASSES, bias=False)
             self.scale = nn.Parameter(torch.rand(1), requires_grad=False)
@@ -163,7 +169,8 @@ def make_module(job: Job, world_size: int) -> Any:
             self.seen += 1 + self.rank
             loss = self.loss(batch)
             self.losses.append(loss.item())
-            self.log("train_loss", loss, sync_dist=True, on_epoch=True)
+            if job.compiled != "whole":  # torch cannot compile Lightning 2.6.6's `log`
+                self.log("train_loss", loss, sync_dist=True, on_epoch=True)
             if self.automatic_optimization:
                 return loss
             for optimizer in self.optimizers():
@@ -213,7 +220,16 @@ def make_module(job: Job, world_size: int) -> Any:
                 "lr_scheduler": {"scheduler": scheduler, "interval": job.scheduler},
             }
 
-    return Net()
+    class Clipping(Net):
+        def configure_gradient_clipping(
+            self,
+            optimizer: Any,
+            gradient_clip_val: float | None = None,
+            gradient_clip_algorithm: str | None = None,
+        ) -> None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    return Clipping() if job.module == "clips by itself" else Net()
 
 
 def import_lightning(rank: int) -> None:
@@ -295,9 +311,12 @@ def _run(world_size: int, job: Job) -> dict[str, Any]:
             warnings.filterwarnings("ignore", message=remark)
         module = make_module(job, world_size)
         trainer = make_trainer(job, world_size, folder)
-        if job.compiled:
+        trained = module
+        if job.compiled == "part":
             module.body.compile(backend="eager")
-        trainer.fit(module, loader(world_size), loader(world_size), ckpt_path=job.resume)
+        elif job.compiled:
+            trained = torch.compile(module, backend="eager")
+        trainer.fit(trained, loader(world_size), loader(world_size), ckpt_path=job.resume)
         results = {stage: getattr(trainer, stage)(module, loader(world_size)) for stage in job.then}
         optimizers = [getattr(o, "_optimizer", o) for o in trainer.strategy._lightning_optimizers]
         return {
@@ -307,6 +326,7 @@ def _run(world_size: int, job: Job) -> dict[str, Any]:
             "lr": [[group["lr"] for group in o.param_groups] for o in optimizers],
             "optimizers": [type(o).__name__ for o in optimizers],
             "wrapped": module.wrapped,
+            "callbacks": [type(callback).__name__ for callback in trainer.callbacks],
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "results": {

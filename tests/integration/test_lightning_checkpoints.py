@@ -2,11 +2,22 @@
 
 import subprocess
 import sys
+import tempfile
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from lightning_jobs import Job, run, run_alone
+from lightning_jobs import (
+    REMARKS,
+    Job,
+    become_rank,
+    loader,
+    make_module,
+    make_trainer,
+    run,
+    run_alone,
+)
 
 # In mid-epoch: an epoch has 8 steps.
 SAVE = {"every_n_train_steps": 3, "save_top_k": -1, "filename": "{step}"}
@@ -64,15 +75,44 @@ def test_one_file_of_either_kind_goes_on_sharded(pool, saved, uninterrupted):
     np.testing.assert_allclose(curve(pool(2).run(run, 2, job)), uninterrupted[12:], rtol=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp"])
-def test_a_stock_checkpoint_goes_on_sharded(pool, tmp_path, uninterrupted, strategy):
-    job = Job(strategy=strategy, scheduler="step", save=save_at(tmp_path))
+@pytest.mark.parametrize(
+    ("strategy", "optimizer"), [("auto", "torch"), ("ddp", "torch"), ("ddp", "Sharded averaged")]
+)
+def test_a_stock_checkpoint_goes_on_sharded(pool, tmp_path, uninterrupted, strategy, optimizer):
+    job = Job(strategy=strategy, optimizer=optimizer, scheduler="step", save=save_at(tmp_path))
     if strategy == "auto":
         run_alone(job)
     else:
         pool(2).run(run, 2, job)
     job = Job(scheduler="step", resume=str(tmp_path / "step=12.ckpt"))
     np.testing.assert_allclose(curve(pool(2).run(run, 2, job)), uninterrupted[12:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_it_goes_on_in_stock_ddp_with_the_sharded_optimizer(pool, saved, uninterrupted, world_size):
+    """Lightning loads the file on every rank there, and the optimizer takes its slices."""
+    path = str(consolidated(saved))
+    job = Job(strategy="ddp", optimizer="Sharded averaged", scheduler="step", resume=path)
+    ranks = pool(world_size).run(run, world_size, job)
+    np.testing.assert_allclose(curve(ranks), uninterrupted[12:], rtol=1e-6)
+
+
+def evaluate(rank, world_size, path):
+    job = Job(strategy="auto" if rank is None else {})
+    if rank is not None:
+        become_rank(rank, world_size)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        for remark in REMARKS:
+            warnings.filterwarnings("ignore", message=remark)
+        module, data = make_module(job, world_size), loader(world_size)
+        trainer = make_trainer(job, world_size, folder)
+        return trainer.test(module, data, ckpt_path=path)[0]["test_loss"]
+
+
+def test_a_checkpoint_is_evaluated(pool, saved):
+    alone = evaluate(None, 1, str(consolidated(saved)))
+    for loss in pool(2).run(evaluate, 2, str(saved)):
+        assert loss == pytest.approx(alone, rel=1e-6)
 
 
 def test_a_full_file_is_what_torch_saves(saved):

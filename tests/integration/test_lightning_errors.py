@@ -2,6 +2,7 @@
 
 import re
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning_jobs import Job, fail, run
@@ -20,7 +21,12 @@ CASES = {
     "no optimizer": (
         Job(optimizer="none"),
         ["TypeError", "TypeError"],
-        "configure_optimizers returned None",
+        "configure_optimizers returned no optimizer",
+    ),
+    "an empty list of optimizers": (
+        Job(optimizer="empty list"),
+        ["TypeError", "TypeError"],
+        "configure_optimizers returned no optimizer",
     ),
     "an error in configure_optimizers of one rank": (
         Job(optimizer="raises on rank 1"),
@@ -83,6 +89,28 @@ def test_a_checkpoint_of_other_optimizers(pool, tmp_path, kind):
     job = Job(module="manual", resume=str(tmp_path / "last.ckpt"))
     for _, text in pool(2).run(fail, 2, job, deadline=30):
         assert "the state of 1 optimizers, and configure_optimizers returned 2" in text
+
+
+class ReadsGradients(pl.Callback):
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        module.head.weight.grad.norm()
+
+
+def test_gradients_that_stage_2_has_freed(pool):
+    job = Job(strategy="sharded_adadelta_zero2", trainer={"callbacks": [ReadsGradients()]})
+    for kind, text in pool(2).run(fail, 2, job, deadline=30):
+        assert kind == "AttributeError"
+        assert "has no attribute 'norm'. If that was a gradient: ZeRO stage 2 frees" in text
+    pool(2).run(run, 2, Job(trainer={"callbacks": [ReadsGradients()]}))
+
+
+def test_a_module_that_may_look_for_them_is_warned(pool):
+    """As an error, for here warnings are."""
+    job = Job(strategy="sharded_adadelta_zero2", module="clips by itself")
+    for kind, text in pool(2).run(fail, 2, job, deadline=30):
+        assert kind == "UserWarning"
+        assert text.startswith("configure_gradient_clipping: ZeRO stage 2 frees")
+    pool(2).run(run, 2, Job(module="clips by itself", trainer={"gradient_clip_val": 0.05}))
 
 
 def test_a_file_that_is_no_checkpoint(pool, tmp_path):

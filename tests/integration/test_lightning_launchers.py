@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-from lightning_jobs import Job, fail, run
+from lightning_jobs import Job, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,24 +87,6 @@ def test_an_older_checkpoint_is_replaced_whatever_it_is(pool, tmp_path, kind):
         pool(2).run(run, 2, Job(strategy={"checkpoint": form}, save=save))
     (path,) = tmp_path.iterdir()
     assert path.is_dir() == (kind == "sharded")
-
-
-class Stop(pl.Callback):
-    """Raises in the middle of the second epoch, on every rank."""
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == 11:
-            raise KeyError("on purpose")
-
-
-def test_a_checkpoint_upon_an_exception(pool, tmp_path):
-    saver = pl.callbacks.OnExceptionCheckpoint(str(tmp_path), "exception")
-    arguments = {"callbacks": [Stop(), saver], "enable_checkpointing": True}
-    raised = pool(2).run(fail, 2, Job(trainer=arguments))
-    assert [kind for kind, _ in raised] == ["KeyError", "KeyError"]
-    zero, _ = pool(2).run(run, 2, Job(resume=str(tmp_path / "exception.ckpt")))
-    assert zero["step"] == 16
-    assert len(zero["losses"]) == 5
 
 
 def test_early_stopping(pool):

@@ -1,8 +1,19 @@
 """What else a Trainer does with the strategy: loops, precisions, buffers, launchers, errors."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
-from lightning_jobs import Job, run, run_alone
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins import LayerSync
+from lightning_jobs import Job, fail, run, run_alone
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_all_loops_run_and_agree_with_one_process(pool):
@@ -63,3 +74,112 @@ def test_stock_ddp_with_the_sharded_optimizer(pool):
     losses = np.mean([rank["losses"] for rank in ranks], axis=0)
     np.testing.assert_allclose(losses, alone["losses"], rtol=1e-6)
     assert ranks[0]["wrapped"] == "DistributedDataParallel"
+
+
+class Sum(torch.autograd.Function):
+    """Over all ranks."""
+
+    @staticmethod
+    def forward(ctx, x):
+        dist.all_reduce(total := x.clone())
+        return total
+
+    backward = forward
+
+
+class SyncedOnCPU(nn.BatchNorm1d):
+    """What torch's SyncBatchNorm does, which CPUs do not have: collectives in backward, too."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        mean = Sum.apply(x.mean(0)) / dist.get_world_size()
+        variance = Sum.apply((x - mean).square().mean(0)) / dist.get_world_size()
+        with torch.no_grad():
+            unbiased = variance * (n := len(x) * dist.get_world_size()) / (n - 1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
+            self.num_batches_tracked.add_(1)
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+
+class LayerSyncOnCPU(LayerSync):
+    def apply(self, model):
+        for module in model.modules():
+            if type(module) is nn.BatchNorm1d:
+                module.__class__ = SyncedOnCPU
+        return model
+
+    def revert(self, model):
+        for module in model.modules():
+            if type(module) is SyncedOnCPU:
+                module.__class__ = nn.BatchNorm1d
+        return model
+
+
+def test_batch_norm_in_step_with_the_other_ranks(pool):
+    """Its collectives run during backward, and so do ours."""
+    alone = run_alone(Job(module="normalised"))
+    job = Job(module="normalised", trainer={"plugins": [LayerSyncOnCPU()]})
+    zero, one = pool(2).run(run, 2, job)
+    losses = np.mean([zero["losses"], one["losses"]], axis=0)
+    np.testing.assert_allclose(losses, alone["losses"], rtol=1e-5)  # sums over a batch differ
+    for rank in (zero, one):
+        for name in ("body.2.running_mean", "body.2.running_var"):
+            np.testing.assert_allclose(rank["state"][name], alone["state"][name], rtol=1e-4)
+
+
+def test_torchs_own_synced_batch_norm_is_put_in_and_says_what_it_needs(pool):
+    job = Job(module="normalised", trainer={"sync_batchnorm": True})
+    for kind, text in pool(2).run(fail, 2, job, deadline=30):
+        assert kind == "ValueError"
+        assert "SyncBatchNorm expected input tensor to be on" in text
+
+
+ON_GPUS = """
+import os, sys, warnings
+warnings.filterwarnings("ignore")
+import torch, lightning.pytorch as pl
+import adadelta_dist.strategies.lightning
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(8, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 4)
+        )
+
+    def on_train_start(self):
+        assert isinstance(self.net[1], torch.nn.SyncBatchNorm) or sys.argv[1] == "cpu"
+
+    def training_step(self, batch, index):
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adadelta(self.parameters(), rho=0.95)
+
+rows = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+found = []
+for strategy in ("ddp", "sharded_adadelta"):
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    sampler = torch.utils.data.DistributedSampler(rows, 2, rank, shuffle=False)
+    trainer = pl.Trainer(
+        strategy=strategy, accelerator=sys.argv[1], devices=2, max_epochs=2, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, sync_batchnorm=sys.argv[1] != "cpu",
+    )
+    net = Net()
+    trainer.fit(net, torch.utils.data.DataLoader(rows, batch_size=4, sampler=sampler))
+    found.append({name: value.cpu() for name, value in net.state_dict().items()})
+torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_torchs_own_synced_batch_norm_trains_as_under_ddp(tmp_path):
+    (tmp_path / "script.py").write_text(ON_GPUS)
+    command = [sys.executable, "script.py", "cuda"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=240)
