@@ -163,13 +163,14 @@ def sharded(model: ModelPlan, cluster: Cluster, policy: ShardPolicy = ShardPolic
     whole = sum(bucket.whole for bucket in buckets)
     averages = sum(bucket.average for bucket in buckets)
     alone = cluster.shards == 1 and policy.stage == 1 and policy.gradients == "local"
+    gradients, in_flight = _passing(buckets, cluster, policy)
     memory = {
         "parameters": whole + model.frozen_bytes,
-        "gradients": whole if policy.stage == 1 else max((b.whole for b in buckets), default=0),
+        "gradients": gradients,
         "averaged gradients": 0 if alone else averages,
         "accumulators": sum(bucket.accumulators for bucket in buckets),
         "masters": sum(bucket.average for bucket in buckets if bucket.precision.has_master),
-        "in flight": _in_flight(buckets, model, cluster, policy),
+        "in flight": in_flight,
     }
     pairwise = cluster.backend == "gloo"
     reduced = sum(bucket.at(bucket.precision.reduce.itemsize) for bucket in buckets)
@@ -192,12 +193,21 @@ class _BucketCost:
     plan: Bucket
     precision: Precision
 
+    @property
+    def itemsize(self) -> int:
+        return int(self.plan.kind[0].to_real().itemsize)
+
     def at(self, itemsize: int) -> int:
         return self.plan.numel * itemsize
 
     @property
     def whole(self) -> int:
-        return self.at(self.plan.kind[0].to_real().itemsize)
+        return self.at(self.itemsize)
+
+    @property
+    def largest(self) -> int:
+        """The largest gradient."""
+        return max(slot.numel for slot in self.plan.slots) * self.itemsize
 
     @property
     def average(self) -> int:
@@ -225,24 +235,27 @@ class _BucketCost:
         return self.at(gather.itemsize) if gather != self.plan.kind[0].to_real() else 0
 
 
-def _in_flight(
-    buckets: list[_BucketCost], model: ModelPlan, cluster: Cluster, policy: ShardPolicy
-) -> int:
-    """At stage 1 all buckets travel while backward goes on, at stage 2 one while another fills."""
+def _passing(buckets: list[_BucketCost], cluster: Cluster, policy: ShardPolicy) -> tuple[int, int]:
+    """Bytes of gradients, and of what is in flight, at the peak.
+
+    Buckets fill one after the other, in each the gradient that autograd has just made beside
+    them. At stage 1 all that are full travel until the step; at stage 2 one does, and then it
+    is freed.
+    """
     pairwise = cluster.backend == "gloo"
-    reducing = [b.copied() + b.received(pairwise=pairwise) for b in buckets]
-    if cluster.shards == 1:
-        reducing = [0 for _ in buckets]
-    if policy.gradients == "averaged":
-        reducing = []
-    if policy.stage == 1:
-        travelling = sum(reducing)
-    else:
-        travelling = max(
-            (b.whole + r + b.average for b, r in zip(buckets, reducing, strict=True)), default=0
-        )
+    alone = cluster.shards == 1
     gathering = sum(b.gathering() for b in buckets)
-    return max(travelling + model.largest_bytes, gathering)
+    whole, travelling, peaks = sum(b.whole for b in buckets), 0, [(0, 0)]
+    for bucket in buckets:
+        reducing = 0 if alone else bucket.copied() + bucket.received(pairwise=pairwise)
+        if policy.stage == 2:
+            peaks.append((bucket.whole, bucket.largest + travelling))
+            travelling = bucket.whole + bucket.average + reducing
+        else:
+            travelling += reducing if policy.gradients == "local" else 0
+            peaks.append((whole, bucket.largest + travelling))
+    gradients, in_flight = max(peaks, key=sum)
+    return gradients, max(in_flight, gathering)
 
 
 def smallest_world_size(

@@ -1,6 +1,7 @@
 """Plans: arithmetic that holds for every model, peers by their formulas, and the inverse."""
 
 import re
+import time
 from functools import partial
 
 import pytest
@@ -12,7 +13,14 @@ from torch import nn
 from adadelta_dist import ShardPolicy
 from adadelta_dist.model_plan import ModelPlan, Parameter, from_count, from_module
 from adadelta_dist.peers import PEERS, ddp, deepspeed, fsdp2, zero_redundancy
-from adadelta_dist.planner import Cluster, exchange, replicate, sharded, smallest_world_size
+from adadelta_dist.planner import (
+    Cluster,
+    exchange,
+    layout_of,
+    replicate,
+    sharded,
+    smallest_world_size,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -230,3 +238,12 @@ def test_blocks_end_at_the_first_number():
     model = ModelPlan(tuple(Parameter(n, (i + 1,), torch.float32) for i, n in enumerate(names)))
     assert model.block_bytes == 4 * (1 + 5)  # the rest; layers.0 has 5 elements
     assert ModelPlan(model.parameters[1:4]).block_bytes == 4 * (2 + 3)
+
+
+def test_70_billion_parameters_are_laid_out_on_4096_ranks_in_2_s():
+    model = from_count(70 * 10**9, torch.bfloat16)
+    start = time.perf_counter()
+    buckets = layout_of(model, 4096, ShardPolicy())
+    assert time.perf_counter() - start < 2
+    assert sum(len(bucket.slots) for bucket in buckets) == len(model.parameters) > 700
+    assert sharded(model, Cluster(4096)).balance <= 1.001
