@@ -87,6 +87,8 @@ def plan(
     """
     with errors():
         planned = _model(model).cast(_dtype(dtype))
+        if not planned.parameters:
+            raise ValueError(f"{model} has no parameters to train")
         cluster = Cluster(world_size, replicas, ranks_per_host, backend, within_gbit, between_gbit)
         policy = ShardPolicy(
             bucket_mb=bucket_mb,
@@ -158,7 +160,11 @@ def _nbytes(text: str) -> float:
 
 
 def _show(
-    model: ModelPlan, cluster: Cluster, costs: Sequence[Cost], fit: str | None, sizes: Sequence[Any]
+    model: ModelPlan,
+    cluster: Cluster,
+    costs: Sequence[Cost],
+    fit: str | None,
+    sizes: Sequence[int | None],
 ) -> None:
     dtypes = ", ".join(dict.fromkeys(str(p.dtype)[6:] for p in model.parameters))
     frozen = f", {decimal(model.frozen_bytes)} frozen" if model.frozen_bytes else ""
@@ -175,7 +181,8 @@ def _show(
     print("\nmemory of a rank:")
     show_table(["", *kinds, "peak"], rows, right=(*kinds, "peak"))
     if "masters" in kinds:
-        print("(DDP, ZeroRedundancyOptimizer and FSDP2 keep none: all is in the parameters' dtype)")
+        torchs = "DDP, ZeroRedundancyOptimizer and FSDP2"
+        print(f"({torchs} have no masters: all is in the parameters' dtype)")
     header = ["", "sent by a rank", "leaves a host", "seconds", "largest share"]
     rows = [
         [

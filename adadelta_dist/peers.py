@@ -35,7 +35,8 @@ def ddp(model: ModelPlan, cluster: Cluster) -> Cost:
 
 def zero_redundancy(model: ModelPlan, cluster: Cluster) -> Cost:
     """DDP and `ZeroRedundancyOptimizer`: whole parameters, the next largest to who has least."""
-    held = [(0, 0)] * cluster.world_size  # (elements, bytes) by rank
+    # (elements, bytes) by rank; more ranks than parameters get nothing
+    held = [(0, 0)] * min(cluster.world_size, max(1, len(model.parameters)))
     for p in sorted(model.parameters, key=lambda p: -p.numel):
         numel, nbytes = held[0]
         heapq.heapreplace(held, (numel + p.numel, nbytes + p.nbytes))

@@ -40,6 +40,7 @@ def draw(costs: Sequence[Cost], limit: float | None, title: str, path: Path) -> 
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over the limit's line
             weight="bold" if cost.peer.startswith("Sharded") else "normal",
         )
     if limit is not None:

@@ -40,6 +40,7 @@ def huge():
 def broken():
     raise KeyError("mine")
 number = int
+empty = torch.nn.Identity
 """
 
 
@@ -153,8 +154,14 @@ def test_it_prints_plain_text_into_a_pipe():
     assert re.search(
         r"^DDP +14.0 GB +14.0 GB +- +28.0 GB +- +[\d.]+ MB +56.0 GB$", result.stdout, re.M
     )
-    assert "keep none: all is in the parameters' dtype" in result.stdout
+    assert "have no masters: all is in the parameters' dtype" in result.stdout
     assert "\x1b" not in result.stdout
+
+
+def test_the_document_shows_what_is_printed():
+    document = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    shown = re.search(r"^```text\n\$ adadelta-dist plan (.*?)\n(.*?)^```$", document, re.M | re.S)
+    assert plan(*shown[1].split()).stdout == shown[2]
 
 
 def test_on_a_terminal_there_are_tables():
@@ -196,6 +203,7 @@ def test_errors_are_one_line_and_1(here):
         ("planned:net2",): "planned:net2 raised AttributeError: module 'planned' has no attribute",
         ("planned:broken",): "planned:broken raised KeyError: 'mine'",
         ("planned:number",): "planned:number returned a int, wanted a torch.nn.Module",
+        ("planned:empty",): "planned:empty has no parameters to train",
         ("1B", "-n", 0): "world_size must be positive and finite, got 0",
         ("1B", "-n", 6, "--replicas", 4): "replicas=4 of world_size=6: wanted a divisor",
         ("1B", "--stage", 3): "stage must be 1 or 2, got 3",
