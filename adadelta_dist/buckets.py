@@ -17,7 +17,7 @@ from torch import Tensor
 from . import collectives, fingerprint
 from .collectives import Pending
 from .groups import Group
-from .layout import Bucket, Interval, ParamSpec, plan_layout, storage_order
+from .layout import Bucket, Interval, ParamSpec, bucket_limit, plan_layout, storage_order
 from .memory import flatten, unflatten
 from .policy import ShardPolicy
 from .precision import precision_of
@@ -305,11 +305,9 @@ def make_buckets(
             specs.append(ParamSpec(numel, p.dtype.to_real().itemsize, (g, p.dtype, p.device)))
             params.append(p)
             names.append(name)
-    # With one rank there is nothing to send, and one bucket is one kernel call.
-    alone = group.world_size == 1
-    bucket_bytes = sys.maxsize if alone else int(policy.bucket_mb * 2**20)
+    limit = bucket_limit(policy.bucket_mb, group.world_size)
     buckets = []
-    for plan in plan_layout(specs, group.world_size, bucket_bytes):
+    for plan in plan_layout(specs, group.world_size, limit):
         indices = [slot.param for slot in plan.slots]
         of_bucket = [params[i] for i in indices], [names[i] for i in indices]
         buckets.append(kind(plan, group, *of_bucket, policy))

@@ -1,8 +1,7 @@
 """The command `adadelta-dist`."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Annotated, Any, Literal
 
 try:
     import typer
-    from rich.console import Console
     from rich.filesize import decimal
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-    from rich.table import Table
-    from rich.text import Text
+
+    from .cli_plan import plan
+    from .terminal import errors, printable, progress_bar, show_table
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"error: adadelta-dist needs {error.name}: pip install 'adadelta-dist[cli]'"
@@ -25,7 +23,7 @@ from .inspection import Description, ParameterDescription, describe
 from .sources import is_deepspeed
 
 app = typer.Typer(
-    help="Look into checkpoints, and convert them.",
+    help="Look into checkpoints, convert them, and plan what training will cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,7 +32,10 @@ app = typer.Typer(
 
 @app.callback()
 def commands() -> None:
-    """Look into checkpoints, and convert them."""
+    """Look into checkpoints, convert them, and plan what training will cost."""
+
+
+app.command()(plan)
 
 
 @app.command()
@@ -43,7 +44,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
     """Say what is in a checkpoint, and whether it is intact. Exit status 1 if it is not."""
-    with _errors():
+    with errors():
         found = describe(path)
     if as_json:
         print(json.dumps(asdict(found), indent=1))
@@ -65,12 +66,12 @@ def convert(
     ],
 ) -> None:
     """Write a checkpoint in another form. It appears whole or not at all."""
-    with _errors(), _progress_bar() as on_progress:
+    with errors(), progress_bar() as on_progress:
         if to != "universal" and not is_deepspeed(src):
             conversion.convert(src, dst, to, on_progress)
         else:
             _deepspeed().convert(src, dst, to, on_progress)
-    print(f"wrote {_printable(dst)}")
+    print(f"wrote {printable(dst)}")
 
 
 def _deepspeed() -> Any:
@@ -85,45 +86,13 @@ def _deepspeed() -> Any:
         ) from None
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """What may go wrong with a user's files, in one line."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        Console(stderr=True).print(f"error: {_printable(error)}", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None]]:
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _show(found: Description) -> None:
     for line in _summary(found):
         print(line)
-    console = Console()
     header = ("parameter", "shape", "dtype", "size", "group", "steps", "state")
     rows = [_row(parameter) for parameter in found.parameters]
-    if not rows:
-        return
-    if console.is_terminal:
-        table = Table()
-        for name in header:
-            right = name in ("size", "group", "steps", "state")
-            table.add_column(name, justify="right" if right else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        console.print(table)
-    else:
-        print()
-        for line in _aligned([header, *rows]):
-            print(line)
+    if rows:
+        show_table(header, rows, right=("size", "group", "steps", "state"))
 
 
 def _summary(found: Description) -> Iterator[str]:
@@ -132,19 +101,19 @@ def _summary(found: Description) -> Iterator[str]:
         "dcp": "folder of torch.distributed.checkpoint",
         "torch": "file of torch.save",
     }
-    yield f"{_printable(found.path)}: {kinds[found.kind]}"
+    yield f"{printable(found.path)}: {kinds[found.kind]}"
     intact = {True: "yes", False: "NO", None: "unknown, for it has no checksums"}
     yield f"intact: {intact[found.intact]}"
-    yield from (f"  {_printable(problem)}" for problem in found.problems)
+    yield from (f"  {printable(problem)}" for problem in found.problems)
     if found.saved_at:
         versions = ", ".join(f"{name} {number}" for name, number in found.versions.items())
         saved = f"{found.saved_at} by {_count(found.world_size, 'rank')}, with {versions}"
-        yield f"saved: {_printable(saved)}"
+        yield f"saved: {printable(saved)}"
     if found.optimizer:
-        yield f"optimizer: {_printable(found.optimizer)}, {decimal(found.optimizer_nbytes)}"
+        yield f"optimizer: {printable(found.optimizer)}, {decimal(found.optimizer_nbytes)}"
     for i, group in enumerate(found.groups):
         options = ", ".join(f"{key} {value}" for key, value in group.items() if key != "params")
-        yield f"  group {i}: {_count(group['params'], 'parameter')}, {_printable(options)}"
+        yield f"  group {i}: {_count(group['params'], 'parameter')}, {printable(options)}"
     if found.model_nbytes:
         yield f"model: {decimal(found.model_nbytes)}"
     if found.extra_ranks:
@@ -154,7 +123,7 @@ def _summary(found: Description) -> Iterator[str]:
 def _row(parameter: ParameterDescription) -> tuple[str, ...]:
     shape, steps, state = parameter.shape, parameter.steps, parameter.state_nbytes
     return (
-        _printable(parameter.name),
+        printable(parameter.name),
         "?" if shape is None else " x ".join(map(str, shape)) or "scalar",
         parameter.dtype or "?",
         decimal(parameter.nbytes),
@@ -164,19 +133,8 @@ def _row(parameter: ParameterDescription) -> tuple[str, ...]:
     )
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(map(str.ljust, row, widths)).rstrip()
-
-
 def _count(number: int | None, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _printable(text: Any) -> str:
-    """Text from a checkpoint, without what would steer a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 if __name__ == "__main__":

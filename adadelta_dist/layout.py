@@ -10,6 +10,7 @@ which is zero and belongs to nobody.
     shards   |        rank 0       |         rank 1             |
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -153,6 +154,14 @@ def plan_layout(
         shard_numel = _round_up(shard_numel, _align(specs[slots[0].param]))
         buckets.append(Bucket(kind, tuple(slots), shard_numel, world_size))
     return tuple(sorted(buckets, key=lambda bucket: -bucket.slots[-1].param))
+
+
+def bucket_limit(bucket_mb: float, world_size: int) -> int:
+    """Bytes that a bucket takes parameters up to; of so many MiB if there is anyone to send to.
+
+    With one rank there is not, and one bucket is one kernel call.
+    """
+    return sys.maxsize if world_size == 1 else int(bucket_mb * 2**20)
 
 
 def storage_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def start_job() -> Job:
-    """Join the ranks that torchrun started; alone, without a process group."""
+    """Join the ranks that torchrun (or Ray) started; alone, without a process group."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -103,7 +103,9 @@ def start_job() -> Job:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Job(0, 1, device)
-    if device.type == "cuda":
+    if dist.is_initialized():  # by Ray Train
+        pass
+    elif device.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")

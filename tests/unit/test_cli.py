@@ -160,7 +160,8 @@ def test_on_a_terminal_there_is_a_table_and_a_bar(tmp_path, file):
 
 @pytest.mark.parametrize("name", ["typer", "rich.table"])
 def test_without_its_libraries_it_says_what_to_install(monkeypatch, name):
-    monkeypatch.delitem(sys.modules, "adadelta_dist.cli")
+    for module in ("cli", "cli_plan", "terminal"):
+        monkeypatch.delitem(sys.modules, f"adadelta_dist.{module}")
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit) as exit:
         importlib.import_module("adadelta_dist.cli")

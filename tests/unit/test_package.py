@@ -29,6 +29,7 @@ ORDER = [
     "sources",
     "convert",
     "inspection",
+    "model_plan",
     "fingerprint",
     "groups",
     "collectives",
@@ -38,6 +39,8 @@ ORDER = [
     "scaling",
     "rounding",
     "precision",
+    "planner",
+    "peers",
     "buckets",
     "gathering",
     "state",
@@ -55,6 +58,9 @@ ORDER = [
     "saving",
     "loading",
     "__init__",
+    "terminal",
+    "plan_picture",
+    "cli_plan",
     "cli",
 ]
 """A module imports none but those before it; nothing here imports `strategies`."""
