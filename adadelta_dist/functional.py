@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adadelta import adadelta as torch_adadelta
+from torch.optim.optimizer import _get_scalar_dtype
 
 logger = logging.getLogger("adadelta_dist")
 
@@ -88,7 +89,8 @@ def eager_flat_(entry: Entry, group: Mapping[str, Any], inverse_scale: float = 1
     if inverse_scale != 1.0:
         entry[1].mul_(inverse_scale)
     params, grads, square_avgs, acc_deltas = (t.split(EAGER_PIECE_NUMEL) for t in entry)
-    step = torch.zeros((), device=entry[0].device if group["capturable"] else "cpu")
+    step_device = entry[0].device if group["capturable"] else "cpu"
+    step = torch.zeros((), dtype=_get_scalar_dtype(), device=step_device)
     eager_(params, grads, square_avgs, acc_deltas, [step] * len(params), group)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.optim.optimizer import _get_scalar_dtype
 from torch.utils._pytree import tree_map_only
 
 from .content import foreign_state
@@ -95,10 +96,11 @@ def _match_state(
             continue
         unknown = keys.get(name, set()) - {"step", *ACCUMULATORS, *entry}
         skipped += [f"{key} of {name} is in the checkpoint alone" for key in sorted(unknown)]
+        fresh = dict.fromkeys(ACCUMULATORS, p) | {
+            "step": torch.zeros((), dtype=_get_scalar_dtype())
+        }
         wanted = {
-            key: _empty_like(
-                entry[key] if key in entry else torch.zeros(()) if key == "step" else p
-            )
+            key: _empty_like((fresh | entry)[key])
             for key in sorted(keys.get(name, set()) - unknown)
         }
         problems = [

@@ -75,7 +75,7 @@ def tell_scaler(optimizer: Optimizer, found: bool) -> None:
     if scaler is not None:
         by_device: dict[Any, Tensor] = scaler._found_inf_per_device(optimizer)
         if not by_device:  # this rank has no gradient at all, and `update` asks for one answer
-            by_device[torch.device("cpu")] = torch.zeros(())
+            by_device[torch.device("cpu")] = torch.zeros((), dtype=torch.float32)
         for at_device in by_device.values():
             at_device.fill_(found)
 

@@ -49,6 +49,18 @@ def test_all_comes_back_from_any_class_in_any_class(tmp_path, source, target):
     assert_same(got, saved, but=["frozen"])
 
 
+@pytest.mark.usefixtures("default_dtype")
+@pytest.mark.parametrize("cls", CLASSES)
+def test_many_steps_are_counted_right_at_any_default_dtype(tmp_path, cls):
+    module, optimizer = build(cls=cls)
+    for entry in optimizer.state.values():
+        entry["step"].fill_(4097)  # in half precision there is no such number
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    module, optimizer = build(steps=0, cls=cls)
+    load_checkpoint(tmp_path / "a", module, optimizer)
+    assert {entry["step"].item() for entry in optimizer.state.values()} == {4097}
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_schedule_goes_on(tmp_path, cls):
     def job(lr):

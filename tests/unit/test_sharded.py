@@ -266,6 +266,26 @@ def test_schedulers_change_the_step_as_with_torch(schedule):
     assert_equal(values(ours), values(theirs))
 
 
+@pytest.mark.usefixtures("default_dtype")
+@pytest.mark.parametrize("foreach", [False, True])
+def test_the_default_dtype_does_not_matter(foreach):
+    ours, theirs = parameters(), parameters()
+    sharded = ShardedAdadelta(ours, foreach=foreach)
+    plain = torch.optim.Adadelta(theirs, foreach=foreach)
+    assert_equal(train(sharded, ours), train(plain, theirs))
+    assert_same_state(sharded.state_dict(), plain.state_dict())
+
+
+@pytest.mark.usefixtures("default_dtype")
+def test_a_scaler_takes_a_step_without_gradients_at_any_default_dtype():
+    optimizer = ShardedAdadelta(parameters(), policy=ShardPolicy(stage=2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones((), dtype=torch.float32))
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+
+
 def test_a_differentiable_step_cannot_be_skipped():
     with pytest.raises(ValueError, match="differentiable=True with skip_nonfinite=True"):
         ShardedAdadelta(
