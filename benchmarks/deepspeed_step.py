@@ -1,6 +1,7 @@
 """DeepSpeed's own step with our optimizer and with torch's "Adadelta", stage by stage.
 
     python -m benchmarks.deepspeed_step
+    python -m benchmarks.deepspeed_step --settings 3 3-offload
 
 Two gloo ranks of one thread hold both engines of a stage and let them step in turns, so that
 whatever else the machine does meets both. It prints medians over the repetitions, the slower rank
@@ -20,14 +21,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 RANKS, LAYERS, WIDTH = 2, 6, 2048
-SETTINGS = [(0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True)]
+SETTINGS = ["0", "1", "2", "3", "1-offload", "2-offload", "3-offload"]
 
 
-def build(stage: int, offload: bool, kind: str) -> Any:
+def build(setting: str, kind: str) -> Any:
     from adadelta_dist.strategies.deepspeed import initialize
 
-    zero: dict[str, Any] = {"stage": stage}
-    if offload:
+    zero: dict[str, Any] = {"stage": int(setting[0])}
+    if "offload" in setting:
         zero["offload_optimizer"] = {"device": "cpu"}
     config = {
         "train_batch_size": RANKS,
@@ -51,7 +52,7 @@ def step_seconds(engine: Any) -> float:
     return seconds.item()
 
 
-def work(rank: int, folder: str, repetitions: int) -> None:
+def work(rank: int, folder: str, settings: list[str], repetitions: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.simplefilter("ignore")  # DeepSpeed's own
@@ -64,26 +65,27 @@ def work(rank: int, folder: str, repetitions: int) -> None:
     if rank == 0:
         print(f"{LAYERS * WIDTH**2 / 1e6:.1f} M parameters, {RANKS} ranks, DeepSpeed's step in ms")
         print(f"{'stage':<18}{'ours':>20}{'ms':>8}{'Adadelta':>10}{'ratio':>8}")
-    for stage, offload in SETTINGS:
-        kind = "FusedAdadelta" if stage else "ShardedAdadelta"
-        ours, theirs = build(stage, offload, kind), build(stage, offload, "Adadelta")
+    for setting in settings:
+        kind = "ShardedAdadelta" if setting == "0" else "FusedAdadelta"
+        ours, theirs = build(setting, kind), build(setting, "Adadelta")
         for engine in (ours, theirs):  # compile, allocate
             step_seconds(engine)
         pairs = [(step_seconds(ours), step_seconds(theirs)) for _ in range(repetitions)]
         a, b = (1000 * statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(y / x for x, y in pairs)
         if rank == 0:
-            name = f"{stage}{', offload' * offload}"
-            print(f"{name:<18}{kind:>20}{a:>8.0f}{b:>10.0f}{ratio:>8.2f}", flush=True)
+            print(f"{setting:<18}{kind:>20}{a:>8.0f}{b:>10.0f}{ratio:>8.2f}", flush=True)
         del ours, theirs
     dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--repetitions", type=int, default=7)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (folder, parser.parse_args().repetitions), nprocs=RANKS)
+        mp.spawn(work, (folder, args.settings, args.repetitions), nprocs=RANKS)
 
 
 if __name__ == "__main__":

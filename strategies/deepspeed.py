@@ -164,11 +164,16 @@ functools.update_wrapper(initialize, deepspeed.initialize, assigned=())
 
 
 def _is_supported_optimizer(engine: Any, name: str) -> bool:
-    if name in TYPES or _theirs["_is_supported_optimizer"](engine, name):
-        return True
+    with agreement(join(None), "deepspeed.initialize"):
+        if name not in TYPES and not _theirs["_is_supported_optimizer"](engine, name):
+            raise ValueError(_unknown(name))
+    return True
+
+
+def _unknown(name: str) -> str:
     torchs = [n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != "Optimizer"]
     known = [*TYPES, *DEEPSPEED_OPTIMIZERS, *sorted(torchs)]
-    raise ValueError(
+    return (
         f'"optimizer": "type" is {name!r}, which nobody knows. {_guess(name, known)}Here are '
         f"{', '.join(TYPES)}; DeepSpeed's own are {', '.join(sorted(DEEPSPEED_OPTIMIZERS))}; and "
         f"torch.optim has {', '.join(sorted(torchs))}."
@@ -196,8 +201,7 @@ def _configure_basic_optimizer(engine: Any, model_parameters: Any) -> Any:
 
 
 def _configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
-    if isinstance(client_optimizer, ShardedAdadelta):
-        _check_stage("ShardedAdadelta", engine)
+    client_optimizer = _client(engine, client_optimizer)
     _theirs["_configure_optimizer"](engine, client_optimizer, model_parameters)
     basic = engine.basic_optimizer
     if isinstance(basic, FusedAdadelta | StageZeroAdadelta):
@@ -206,6 +210,17 @@ def _configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: A
         # The wrapper of half precision does not pass these calls on.
         engine.optimizer.checkpoint_event_prologue = basic.checkpoint_event_prologue
         engine.optimizer.checkpoint_event_epilogue = basic.checkpoint_event_epilogue
+
+
+def _client(engine: Any, given: Any) -> Any:
+    """What was passed as `optimizer=`, an optimizer or a callable that makes one, if it fits."""
+    if isinstance(given, ShardedAdadelta):
+        _check_stage("ShardedAdadelta", engine)
+    if isinstance(given, FusedAdadelta):
+        given._in_training = False
+    if not callable(given):
+        return given
+    return lambda parameters: _client(engine, given(parameters))
 
 
 _OURS: dict[str, Callable[..., Any]] = {

@@ -1,7 +1,7 @@
 """Reading what `engine.save_checkpoint` wrote, at any stage and world size."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from pathlib import Path
@@ -43,6 +43,8 @@ def read_deepspeed(folder: Path) -> Checkpoint:
     if not files:
         raise FileNotFoundError(f"{folder} holds no DeepSpeed checkpoint: no *_model_states.pt")
     models = [load(file) for file in files]
+    if "zero_pp_rank" in files[0].name:  # stage 3, where frozen parameters are sharded as well
+        _of_every_rank(folder, files, models[0]["dp_world_size"])
     _check_parallelism(folder, files, models[0])
     if models[0]["optimizer"] is not None:
         return _stage_zero(models[0])
@@ -69,14 +71,19 @@ def _stage_zero(model: dict[str, Any]) -> Checkpoint:
     half = "fp32_groups" in outer
     optimizer = outer["optimizer_state_dict"] if half else outer
     groups, weights = optimizer["param_groups"], dict(model["module"])
-    if len(groups) == 1 and "param_names" not in groups[0]:  # torch's own Adadelta: in their order
+    if "param_names" not in groups[0]:  # torch's own Adadelta: in the model's order
         names = [name for name in weights if name not in model["buffer_names"]]
-        if len(names) == len(groups[0]["params"]):
-            optimizer = optimizer | {"param_groups": [groups[0] | {"param_names": names}]}
+        if len(groups) > 1 or len(names) != len(groups[0]["params"]):
+            raise ValueError(
+                "the checkpoint of stage 0 does not say which state is whose: torch's Adadelta had "
+                f"{len(groups)} parameter groups, and {sum(len(g['params']) for g in groups)} of "
+                f'{len(names)} parameters. "FusedAdadelta" and "ShardedAdadelta" write their names.'
+            )
+        optimizer = optimizer | {"param_groups": [groups[0] | {"param_names": names}]}
     if half:
-        names = [n for group in optimizer["param_groups"] for n in group.get("param_names", [])]
+        names = [name for group in optimizer["param_groups"] for name in group["param_names"]]
         masters = [p for group in outer["fp32_groups"] for p in group]
-        weights |= dict(zip(names, masters, strict=bool(names)))
+        weights |= dict(zip(names, masters, strict=True))
     return replace(from_torch(weights, optimizer), engine=_engine(model))
 
 
@@ -133,14 +140,20 @@ def _sharded(folder: Path, models: list[dict[str, Any]]) -> Checkpoint:
 
 
 def _load_shards(folder: Path, world_size: int) -> list[dict[str, Any]]:
-    by_rank = {_rank_of(file): file for file in folder.glob("*_optim_states.pt")}
+    files = _of_every_rank(folder, folder.glob("*_optim_states.pt"), world_size)
+    return [load(file)["optimizer_state_dict"] for file in files]
+
+
+def _of_every_rank(folder: Path, files: Iterable[Path], world_size: int) -> list[Path]:
+    """The files in the order of the ranks that wrote them, if all are there."""
+    by_rank = {_rank_of(file): file for file in files}
     missing = [rank for rank in range(world_size) if rank not in by_rank]
     if missing or len(by_rank) > world_size:
         raise FileNotFoundError(
-            f"{folder} was saved by {world_size} ranks and holds optimizer shards of ranks "
+            f"{folder} was saved by {world_size} ranks and holds shards of ranks "
             f"{sorted(by_rank)}" + (f": those of {missing} are missing" if missing else "")
         )
-    return [load(by_rank[rank])["optimizer_state_dict"] for rank in range(world_size)]
+    return [by_rank[rank] for rank in range(world_size)]
 
 
 def _pieces(shards: Sequence[dict[str, Any]]) -> dict[str, list[_Piece]]:

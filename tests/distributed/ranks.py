@@ -1,4 +1,4 @@
-"""A pool of real gloo processes that run a function on every rank.
+"""A pool of real processes, of gloo unless told otherwise, that run a function on every rank.
 
 The processes are forked from a server that has imported torch, so a pool starts in
 about a second, and is kept for the whole session. A pool in which anything went wrong is
@@ -34,10 +34,11 @@ class Ranks:
     Args:
         world_size: number of processes.
         timeout: of the process group, in seconds.
+        backend: of the process group.
     """
 
-    def __init__(self, world_size: int, timeout: float = 30.0) -> None:
-        self.world_size, self.timeout = world_size, timeout
+    def __init__(self, world_size: int, timeout: float = 30.0, backend: str = "gloo") -> None:
+        self.world_size, self.timeout, self.backend = world_size, timeout, backend
         self._workers: list[tuple[Any, Connection]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -83,19 +84,20 @@ class Ranks:
         store = str(Path(self._folder.name) / "store")
         for rank in range(self.world_size):
             here, there = _context.Pipe()
-            process = _context.Process(
-                target=_work, args=(rank, self.world_size, store, self.timeout, there), daemon=True
-            )
+            group = (rank, self.world_size, store, self.timeout, self.backend)
+            process = _context.Process(target=_work, args=(*group, there), daemon=True)
             process.start()
             there.close()
             self._workers.append((process, here))
 
 
-def _work(rank: int, world_size: int, store: str, timeout: float, pipe: Connection) -> None:
+def _work(
+    rank: int, world_size: int, store: str, timeout: float, backend: str, pipe: Connection
+) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     dist.init_process_group(
-        "gloo",
+        backend,
         rank=rank,
         world_size=world_size,
         store=dist.FileStore(store, world_size),

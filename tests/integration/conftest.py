@@ -22,3 +22,12 @@ def pool() -> Iterator[Callable[[int], Ranks]]:
     yield get
     for ranks in pools.values():
         ranks.close()
+
+
+@pytest.fixture(scope="session")
+def deepspeed_pool() -> Iterator[Callable[[int], Ranks]]:
+    """The same for DeepSpeed, which reads the environment and changes the filters of warnings."""
+    pools: dict[int, Ranks] = {}
+    yield lambda world_size: pools.setdefault(world_size, Ranks(world_size, timeout=120.0))
+    for ranks in pools.values():
+        ranks.close()

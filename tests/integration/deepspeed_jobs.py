@@ -18,10 +18,10 @@ NOT_OURS = (
 )
 
 
-def prepare(rank, world_size):
+def prepare(rank, world_size, accelerator="cpu"):
     """What DeepSpeed reads from the environment, in a process that has its process group."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"DS_ACCELERATOR": "cpu"}
+    os.environ |= {"DS_ACCELERATOR": accelerator}
     for message in NOT_OURS:
         warnings.filterwarnings("ignore", message=message)
     import deepspeed
@@ -72,7 +72,8 @@ def run_steps(engine, rank, world_size, steps, dtype=torch.float32):
     for step in steps:
         total = 0.0
         for inputs, targets in shares(step, rank, world_size, accumulation):
-            loss = mse_loss(engine(inputs.to(dtype)).float(), targets)
+            outputs = engine(inputs.to(engine.device, dtype)).float()
+            loss = mse_loss(outputs, targets.to(engine.device))
             engine.backward(loss)
             engine.step()
             total += loss.item() / accumulation
@@ -120,12 +121,12 @@ def train(rank, world_size, cases, steps):
     return results
 
 
-def train_alone(steps, *, several=False, clip=0.0, decay=1.0, **params):
-    """The losses in this process with `torch.optim.Adadelta`; lr times `decay` each step."""
+def train_alone(steps, *, several=False, clip=0.0, rate=lambda step: 1.0, **params):
+    """The losses in this process with `torch.optim.Adadelta`; lr times `rate(step)`."""
     model = network()
     options = HYPERPARAMETERS | params
     optimizer = torch.optim.Adadelta(parameter_groups(model, several), **options)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     losses = []
     for step in range(steps):
         inputs, targets = global_batch(step)

@@ -7,21 +7,20 @@ import re
 import deepspeed_jobs as jobs
 import pytest
 import torch
-from ranks import Ranks
 
 STEPS = 5
 DEADLINE = 240.0  # the first run ever compiles DeepSpeed's communication for CPUs
 
 
-@pytest.fixture(scope="module")
-def pool():
-    pools = {}
-    yield lambda n: pools.setdefault(n, Ranks(n))
-    for ranks in pools.values():
-        ranks.close()
-
-
 DECAY = {"weight_decay": 0.01}
+WARMUP = {"warmup_min_lr": 0.1, "warmup_max_lr": 1.0, "warmup_num_steps": 8}
+
+
+def warmup(step):
+    """The rate of DeepSpeed's WarmupLR, whose first two steps have the lowest."""
+    return 0.1 + 0.9 * max(0, step - 1) / 8
+
+
 CASES = (
     {
         f"stage {stage}{', offload' * offload}{', ' * bool(name)}{name}": {
@@ -45,10 +44,11 @@ CASES = (
         f"stage {stage}, scheduler": {
             "settings": jobs.config(
                 stage,
-                scheduler={"type": "WarmupDecayLR", "params": {"total_num_steps": 100}},
+                scheduler={"type": "WarmupLR", "params": WARMUP | {"warmup_type": "linear"}},
             ),
+            "alone": {"rate": warmup},
         }
-        for stage in (0, 2)
+        for stage in range(4)
     }
     | {
         f"stage {stage}, bf16": {
@@ -60,9 +60,9 @@ CASES = (
 
 
 @pytest.fixture(scope="module")
-def trained(pool):
+def trained(deepspeed_pool):
     """By case: the losses over all ranks, and the learning rate at the end."""
-    outcomes = pool(2).run(jobs.train, 2, list(CASES.values()), STEPS, deadline=DEADLINE)
+    outcomes = deepspeed_pool(2).run(jobs.train, 2, list(CASES.values()), STEPS, deadline=DEADLINE)
     merged = {}
     for name, both in zip(CASES, zip(*outcomes, strict=True), strict=True):
         losses = [sum(of_step) / 2 for of_step in zip(*(r["losses"] for r in both), strict=True)]
@@ -90,11 +90,12 @@ def test_bf16_is_the_same_at_every_stage(trained, stage):
     assert losses == pytest.approx(trained["stage 2"][0], rel=1e-2)  # eight bits of mantissa
 
 
-def test_schedulers_of_the_json_set_the_learning_rate(trained):
-    losses, lr = trained["stage 0, scheduler"]
-    assert 0 < lr < 1.0
-    assert (losses, lr) == (pytest.approx(trained["stage 2, scheduler"][0], rel=1e-5), lr)
-    assert losses != pytest.approx(trained["stage 0"][0], rel=1e-5)
+@pytest.mark.parametrize("stage", range(4))
+def test_schedulers_of_the_json_set_the_learning_rate(trained, stage):
+    """Their losses are compared above; with a rate of 1 they would be others."""
+    losses, lr = trained[f"stage {stage}, scheduler"]
+    assert lr == pytest.approx(warmup(STEPS))
+    assert losses != pytest.approx(jobs.train_alone(STEPS), rel=1e-5)
 
 
 def phantom(rank, kinds):
@@ -125,8 +126,8 @@ def _local(tensor):
     return getattr(tensor, "local", tensor)
 
 
-def test_the_step_that_deepspeed_takes_before_training_leaves_nothing(pool):
-    for found in pool(2).run(phantom, ["ShardedAdadelta", "FusedAdadelta", "Adadelta"]):
+def test_the_step_that_deepspeed_takes_before_training_leaves_nothing(deepspeed_pool):
+    for found in deepspeed_pool(2).run(phantom, ["ShardedAdadelta", "FusedAdadelta", "Adadelta"]):
         for kind in ("ShardedAdadelta", "FusedAdadelta"):
             assert found[kind]["master dtypes"] == {torch.float32}
             assert not found[kind]["moved"]
@@ -136,6 +137,46 @@ def test_the_step_that_deepspeed_takes_before_training_leaves_nothing(pool):
         # Negative control: torch's own class takes that step.
         assert found["Adadelta"]["accumulated"]
         assert found["Adadelta"]["after one step"] == {2.0}
+
+
+def clients(rank):
+    """What optimizers that the user builds hold before and after their first step at stage 0."""
+    jobs.prepare(rank, 2)
+    from adadelta_dist import ShardedAdadelta
+    from adadelta_dist.strategies.deepspeed import FusedAdadelta, initialize
+
+    def fused(params):
+        return FusedAdadelta(params, weight_decay=0.1)
+
+    def build(way, make, stage, **more):
+        settings, model = jobs.config(stage, **more), jobs.network()
+        del settings["optimizer"]
+        given = make(model.parameters()) if way == "instance" else make
+        return initialize(model=model, optimizer=given, config=settings)[0]
+
+    def steps(engine):
+        return {float(entry["step"]) for entry in engine.basic_optimizer.state.values()}
+
+    found = {}
+    for way in ("instance", "callable"):
+        engine = build(way, fused, 0, bf16={"enabled": True})
+        before = steps(engine)
+        jobs.run_steps(engine, rank, 2, range(1), torch.bfloat16)
+        found[way] = before, steps(engine)
+        try:
+            build(way, ShardedAdadelta, 2)
+        except ValueError as error:
+            found[f"{way}, sharded twice"] = str(error)
+    return found
+
+
+def test_optimizers_that_the_user_builds_are_treated_alike(deepspeed_pool):
+    for found in deepspeed_pool(2).run(clients):
+        for way in ("instance", "callable"):
+            before, after = found[way]
+            assert before <= {0.0}, "the step before training left something"
+            assert after == {1.0}
+            assert "it would be sharded twice" in found[f"{way}, sharded twice"]
 
 
 def ways_to_configure(rank, path):
@@ -159,10 +200,10 @@ def ways_to_configure(rank, path):
     return built, inspect.signature(initialize) == inspect.signature(deepspeed.initialize)
 
 
-def test_initialize_is_called_as_deepspeeds_own(pool, tmp_path):
+def test_initialize_is_called_as_deepspeeds_own(deepspeed_pool, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(jobs.config(2)))
-    for built, same_signature in pool(2).run(ways_to_configure, str(path)):
+    for built, same_signature in deepspeed_pool(2).run(ways_to_configure, str(path)):
         assert same_signature
         assert built == dict.fromkeys(built, ("FusedAdadelta", None, None, [1.0]))
         assert len(built) == 4
@@ -211,8 +252,8 @@ def registering(rank):
     }
 
 
-def test_registering_is_idempotent_and_reversible(pool):
-    for found in pool(2).run(registering, deadline=DEADLINE):
+def test_registering_is_idempotent_and_reversible(deepspeed_pool):
+    for found in deepspeed_pool(2).run(registering, deadline=DEADLINE):
         assert found["changed"]
         assert found["idempotent"]
         assert found["undone"]
@@ -272,11 +313,12 @@ WRONG = {
 
 
 @pytest.fixture(scope="module")
-def refusals(pool):
+def refusals(deepspeed_pool):
     cases = [(config, config) for config, _ in WRONG.values()]
     cases += [(jobs.config(2), misconfigured(2, lr=0.5)), (jobs.config(2), misconfigured(2, rh=1))]
+    cases += [(jobs.config(2), misconfigured(2, "FusdAdadelta"))]
     cases += [(jobs.config(2), jobs.config(2))]  # and nothing hangs on
-    return pool(2).run(failing, cases, deadline=DEADLINE)
+    return deepspeed_pool(2).run(failing, cases, deadline=DEADLINE)
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -290,9 +332,11 @@ def test_bad_settings_are_explained_on_every_rank(refusals, name):
 
 def test_ranks_with_other_settings_all_fail(refusals):
     (first, _), (second, _) = refusals
-    differing, broken, well = range(len(WRONG), len(WRONG) + 3)
+    differing, broken, misspelt, well = range(len(WRONG), len(WRONG) + 4)
     assert "RankError: deepspeed.initialize: the ranks disagree" in first[differing]
     assert "RankError: deepspeed.initialize: the ranks disagree" in second[differing]
     assert "RankError: deepspeed.initialize: rank 1 failed with ValueError" in first[broken]
     assert "'rh' is not a parameter" in second[broken]
+    assert "RankError: deepspeed.initialize: rank 1 failed with ValueError" in first[misspelt]
+    assert "'FusdAdadelta', which nobody knows" in second[misspelt]
     assert first[well] is second[well] is None

@@ -9,18 +9,9 @@ from pathlib import Path
 import deepspeed_jobs as jobs
 import pytest
 import torch
-from ranks import Ranks
 
 BEFORE, AFTER = range(3), range(3, 6)
 DEADLINE = 240.0  # the first run ever compiles DeepSpeed's communication for CPUs
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pools = {}
-    yield lambda n: pools.setdefault(n, Ranks(n))
-    for ranks in pools.values():
-        ranks.close()
 
 
 def settings(stage, kind="FusedAdadelta", *, half=False, universal=False, **more):
@@ -42,6 +33,14 @@ CASES = {
     "stage 1, bf16": {"stage": 1, "half": True},
     "stage 2, offload": {"stage": 2, "offload": True},
     "stage 3, bf16": {"stage": 3, "half": True},
+    "stage 1, bf16, gradients in fp32": {
+        "stage": 1,
+        "half": True,
+        "data_types": {"grad_accum_dtype": "fp32"},  # DeepSpeed has another wrapper for this
+    },
+    "stage 0": {"stage": 0, "kind": "ShardedAdadelta"},
+    "stage 0, torch's": {"stage": 0, "kind": "Adadelta"},
+    "stage 0, bf16, two groups": {"stage": 0, "half": True, "kind": "ShardedAdadelta"},
     "stage 2, two groups": {"stage": 2},
     "stage 3, two groups, subgroups": {"stage": 3} | SUBGROUPS,
     "stage 3, one group, subgroups": {"stage": 3} | SUBGROUPS,
@@ -117,7 +116,8 @@ def mean(outcomes, key):
 
 
 def stage_of(name):
-    return CASES[name]["stage"]
+    """At which stage it goes on: DeepSpeed's stage 0 does not load universal checkpoints."""
+    return CASES[name]["stage"] or 1
 
 
 FROM_4 = ["stage 1", "stage 2", "stage 3", "stage 3, two groups, subgroups"]
@@ -130,20 +130,20 @@ TARGETS = {  # saved by, resumed by, (case, stage)
 
 
 @pytest.fixture(scope="module")
-def resumed(pool, tmp_path_factory):
+def resumed(deepspeed_pool, tmp_path_factory):
     """By (saved by, resumed by, case, stage): all that the tests compare."""
     results = {}
     for saved_by, names in {2: list(CASES), 4: FROM_4}.items():
         root = str(tmp_path_factory.mktemp(f"saved_by_{saved_by}"))
-        after = pool(saved_by).run(save, saved_by, root, names, deadline=DEADLINE)
-        forms = pool(1).run(convert, root, names, deadline=DEADLINE)[0]
+        after = deepspeed_pool(saved_by).run(save, saved_by, root, names, deadline=DEADLINE)
+        forms = deepspeed_pool(1).run(convert, root, names, deadline=DEADLINE)[0]
         for (ours, by), cases in TARGETS.items():
             if ours != saved_by:
                 continue
             out = f"by {by}"
-            outcomes = pool(by).run(resume, by, root, cases, out, deadline=DEADLINE)
+            outcomes = deepspeed_pool(by).run(resume, by, root, cases, out, deadline=DEADLINE)
             again = [f"{out}/{name}, as {stage}" for name, stage in cases]
-            reread = pool(1).run(read, root, again, deadline=DEADLINE)[0]
+            reread = deepspeed_pool(1).run(read, root, again, deadline=DEADLINE)[0]
             for (name, stage), folder in zip(cases, again, strict=True):
                 losses = [{name: o[name, stage][0]} for o in outcomes]
                 results[saved_by, by, name, stage] = {
@@ -253,17 +253,17 @@ def continue_with_deepspeed(rank, world_size, root, tag, stage, steps):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_torchrun_then_deepspeed_then_torchrun(pool, tmp_path, stage):
+def test_torchrun_then_deepspeed_then_torchrun(deepspeed_pool, tmp_path, stage):
     """2 ranks, 4 ranks, 1 rank: as one process that never stopped."""
     root = str(tmp_path)
-    first = pool(2).run(train_sharded, 2, range(2))
-    pool(1).run(from_torch_to_universal, first[0][1], f"{root}/start", deadline=DEADLINE)
+    first = deepspeed_pool(2).run(train_sharded, 2, range(2))
+    deepspeed_pool(1).run(from_torch_to_universal, first[0][1], f"{root}/start", deadline=DEADLINE)
     assert (tmp_path / "latest_universal").read_text() == "start"
-    second = pool(4).run(
+    second = deepspeed_pool(4).run(
         continue_with_deepspeed, 4, root, "start", stage, range(2, 4), deadline=DEADLINE
     )
-    form = pool(1).run(read, root, ["by_deepspeed"])[0]["by_deepspeed"]
-    third = pool(1).run(train_sharded, 1, range(4, 6), form)
+    form = deepspeed_pool(1).run(read, root, ["by_deepspeed"])[0]["by_deepspeed"]
+    third = deepspeed_pool(1).run(train_sharded, 1, range(4, 6), form)
     losses = [sum(step) / 2 for step in zip(*(ls for ls, _ in first), strict=True)]
     losses += [sum(step) / 4 for step in zip(*second, strict=True)]
     losses += third[0][0]
@@ -296,9 +296,9 @@ def odd_models(rank, root):
         engine.save_checkpoint(f"{root}/{stage}")
 
 
-def test_frozen_parameters_buffers_and_tied_weights_come_along(pool, tmp_path):
-    pool(2).run(odd_models, str(tmp_path), deadline=DEADLINE)
-    forms = pool(1).run(read, str(tmp_path), ["0", "1", "2", "3"])[0]
+def test_frozen_parameters_buffers_and_tied_weights_come_along(deepspeed_pool, tmp_path):
+    deepspeed_pool(2).run(odd_models, str(tmp_path), deadline=DEADLINE)
+    forms = deepspeed_pool(1).run(read, str(tmp_path), ["0", "1", "2", "3"])[0]
     torch.manual_seed(0)
     fresh = Odd().state_dict()
     for form in forms.values():
@@ -334,12 +334,20 @@ def stage_zero(rank, world_size, root, steps, half, save):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_stage_0_saves_for_any_world_size_by_itself(pool, tmp_path, half):
+@pytest.mark.parametrize(("saved_by", "resumed_by"), [(2, 1), (2, 4), (4, 2)])
+def test_stage_0_saves_for_any_world_size_by_itself(
+    deepspeed_pool, tmp_path, saved_by, resumed_by, half
+):
     """DeepSpeed's own file then holds torch's form."""
-    whole = pool(2).run(stage_zero, 2, str(tmp_path), BEFORE, half, True, deadline=DEADLINE)
-    resumed = pool(4).run(stage_zero, 4, str(tmp_path), AFTER, half, False, deadline=DEADLINE)
-    wanted = [sum(step) / 2 for step in zip(*whole, strict=True)][len(BEFORE) :]
-    got = [sum(step) / 4 for step in zip(*resumed, strict=True)]
+    root = str(tmp_path)
+    whole = deepspeed_pool(saved_by).run(
+        stage_zero, saved_by, root, BEFORE, half, True, deadline=DEADLINE
+    )
+    resumed = deepspeed_pool(resumed_by).run(
+        stage_zero, resumed_by, root, AFTER, half, False, deadline=DEADLINE
+    )
+    wanted = [sum(step) / saved_by for step in zip(*whole, strict=True)][len(BEFORE) :]
+    got = [sum(step) / resumed_by for step in zip(*resumed, strict=True)]
     assert got == pytest.approx(wanted, rel=2e-3 if half else 1e-5)
 
 
@@ -360,6 +368,15 @@ def damage(rank, root):
         jobs.run_steps(engine, rank, 2, range(1))
         engine.save_checkpoint(root, tag=f"step {step + 1}")
     engine.save_checkpoint(root, tag="stranger", client_state={"it": Stranger()})
+    elastic = settings(2, zero={"elastic_checkpoint": True})
+    for tag, made in {
+        "frozen": (settings(3), Odd()),
+        "elastic": (elastic, None),
+        "no names": (settings(0, "Adadelta"), None),
+    }.items():
+        engine = jobs.build(made[0], model=made[1], several=tag == "no names")[0]
+        jobs.run_steps(engine, rank, 2, range(1))
+        engine.save_checkpoint(root, tag=tag)
 
 
 def shard(folder, rank):
@@ -398,6 +415,9 @@ def refusals(rank, root):
         "parallel": lambda: read_deepspeed(root / "parallel"),
         "cut": lambda: read_deepspeed(root / "cut"),
         "stranger": lambda: read_deepspeed(root / "stranger"),
+        "frozen": lambda: read_deepspeed(root / "frozen"),
+        "elastic": lambda: read_deepspeed(root / "elastic"),
+        "no names": lambda: read_deepspeed(root / "no names"),
         "interrupted": interrupted,
         "exists": existing,
         "mixed torch": torchs({0: entry, 1: later}),
@@ -425,6 +445,9 @@ BAD = {
     "parallel": r"ValueError: .*parallel was saved with tensor or pipeline parallelism",
     "cut": r"ValueError: .*zero_pp_rank_1_mp_rank_00_optim_states.pt is damaged",
     "stranger": r"ValueError: .*holds test_deepspeed_checkpoints.Stranger.*client_state",
+    "frozen": r"FileNotFoundError: .*saved by 2 ranks.*those of \[1\] are missing",
+    "elastic": r"ValueError: .*saved with elastic_checkpoint",
+    "no names": r"ValueError: .*does not say which state is whose: .*had 2 parameter groups",
     "interrupted": r"ZeroDivisionError",
     "exists": r"FileExistsError: .*step 2 exists",
     "mixed torch": r"ValueError: mixed steps: a is at step 1, b at 2",
@@ -436,18 +459,19 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def refused(pool, tmp_path_factory):
+def refused(deepspeed_pool, tmp_path_factory):
     root = tmp_path_factory.mktemp("refused")
-    pool(2).run(damage, str(root), deadline=DEADLINE)
+    deepspeed_pool(2).run(damage, str(root), deadline=DEADLINE)
     for name in ("missing", "mixed", "parallel", "cut"):
         shutil.copytree(root / "step 1", root / name)
     shard(root / "missing", 1).unlink()
+    (root / "frozen" / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
     shutil.copy(shard(root / "step 2", 1), shard(root / "mixed", 1))
     model = root / "parallel" / "mp_rank_00_model_states.pt"
     shutil.copy(model, model.with_name("mp_rank_01_model_states.pt"))
     whole = shard(root / "cut", 1).read_bytes()
     shard(root / "cut", 1).write_bytes(whole[: len(whole) // 2])
-    return pool(1).run(refusals, str(root), deadline=DEADLINE)[0]
+    return deepspeed_pool(1).run(refusals, str(root), deadline=DEADLINE)[0]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -490,7 +514,7 @@ def adams_universal(rank, root):
     return errors
 
 
-def test_adams_universal_checkpoint_is_refused(pool, tmp_path):
-    (read, stepped) = pool(1).run(adams_universal, str(tmp_path), deadline=DEADLINE)[0]
+def test_adams_universal_checkpoint_is_refused(deepspeed_pool, tmp_path):
+    (read, stepped) = deepspeed_pool(1).run(adams_universal, str(tmp_path), deadline=DEADLINE)[0]
     assert "another optimizer than Adadelta" in read
     assert "holds Adam's state" in stepped

@@ -5,19 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from deepspeed_jobs import build, config, prepare, run_steps
-from ranks import Ranks
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def pool():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 def save(rank, folder):
@@ -27,7 +19,17 @@ def save(rank, folder):
     engine.save_checkpoint(str(folder))
 
 
-def convert(src, dst, to):
+def convert(rank, folder, ways):
+    """The command, within a process that has imported DeepSpeed already."""
+    from adadelta_dist.cli import app
+
+    for src, dst, to in [] if rank else ways:
+        arguments = ["convert", str(folder / src), str(folder / dst), "--to", to]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (src, to, result.output)
+
+
+def convert_alone(src, dst, to):
     command = [sys.executable, "-m", "adadelta_dist.cli", "convert", str(src), str(dst), "--to", to]
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
@@ -49,8 +51,8 @@ def assert_equal(got, want):
         assert all(torch.equal(ours["state"][i][key], value) for key, value in entry.items())
 
 
-def test_deepspeed_to_every_form_and_back(pool, tmp_path):
-    pool.run(save, tmp_path / "run", deadline=200.0)
+def test_deepspeed_to_every_form_and_back(deepspeed_pool, tmp_path):
+    deepspeed_pool(2).run(save, tmp_path / "run", deadline=200.0)
     ways = [
         ("run", "a.pt", "torch"),
         ("run", "folder", "dcp"),
@@ -60,9 +62,7 @@ def test_deepspeed_to_every_form_and_back(pool, tmp_path):
         ("run", "universal-2", "universal"),
         ("universal-2", "d.pt", "torch"),
     ]
-    for src, dst, to in ways:
-        status, errors = convert(tmp_path / src, tmp_path / dst, to)
-        assert status == 0, errors
+    deepspeed_pool(2).run(convert, tmp_path, ways, deadline=200.0)
     want = torch.load(tmp_path / "a.pt", weights_only=True)
     assert want["optimizer"]["state"][0]["step"] == 2
     assert want["optimizer"]["state"][0]["square_avg"].any()
@@ -72,7 +72,7 @@ def test_deepspeed_to_every_form_and_back(pool, tmp_path):
 
 def test_what_cannot_become_universal_is_refused_in_one_line(tmp_path):
     torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "a.pt")
-    status, errors = convert(tmp_path / "a.pt", tmp_path / "universal", "universal")
+    status, errors = convert_alone(tmp_path / "a.pt", tmp_path / "universal", "universal")
     assert status == 1
     assert "has no optimizer: a universal checkpoint needs both" in errors.replace("\n", " ")
     assert [f.name for f in tmp_path.iterdir()] == ["a.pt"]

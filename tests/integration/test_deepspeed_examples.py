@@ -11,7 +11,6 @@ from pathlib import Path
 import deepspeed_jobs as jobs
 import pytest
 import torch
-from ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("deepspeed_*.json"))
@@ -44,12 +43,8 @@ def run_configs(rank, paths):
     return made
 
 
-def test_every_configuration_is_loaded_and_steps():
-    ranks = Ranks(2)
-    try:
-        first, second = ranks.run(run_configs, list(map(str, CONFIGS)), deadline=DEADLINE)
-    finally:
-        ranks.close()
+def test_every_configuration_is_loaded_and_steps(deepspeed_pool):
+    first, second = deepspeed_pool(2).run(run_configs, list(map(str, CONFIGS)), deadline=DEADLINE)
     assert first == second
     zero = {name.removeprefix("deepspeed_"): made for name, made in first.items()}
     assert zero.keys() == {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "bf16"}

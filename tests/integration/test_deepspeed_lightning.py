@@ -9,7 +9,6 @@ import warnings
 import deepspeed_jobs as jobs
 import pytest
 import torch
-from ranks import Ranks
 from torch.utils.data import DataLoader, Dataset
 
 STEPS = 4
@@ -141,13 +140,9 @@ def fit(rank, world_size, stages, folder):
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
-    ranks = Ranks(2)
-    try:
-        folder = str(tmp_path_factory.mktemp("lightning"))
-        return ranks.run(fit, 2, [0, 1, 2, 3], folder, deadline=DEADLINE)
-    finally:
-        ranks.close()
+def fitted(deepspeed_pool, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("lightning"))
+    return deepspeed_pool(2).run(fit, 2, [0, 1, 2, 3], folder, deadline=DEADLINE)
 
 
 @pytest.mark.parametrize("stage", range(4))
