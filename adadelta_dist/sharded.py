@@ -39,7 +39,9 @@ class ShardedAdadelta(ShardedGradients):
     Args:
         params, lr, rho, eps, weight_decay, foreach, capturable, maximize, differentiable:
             as `torch.optim.Adadelta`. With `differentiable` nothing is sharded or broadcast:
-            each rank takes the whole step on averaged gradients, through which gradients flow.
+            each rank takes the whole step on averaged gradients, through which gradients flow,
+            to `lr` and `weight_decay` too where they are Tensors that require one: on each
+            rank what its own copy contributes to the sum of all ranks' losses.
         fused: as `Adadelta`.
         process_group: the ranks to shard over; None: the default group, or this process
             alone if there is none.

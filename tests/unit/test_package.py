@@ -17,6 +17,7 @@ SOURCES = CORE + sorted((ROOT / "strategies").rglob("*.py"))
 ORDER = [
     "layout",
     "functional",
+    "hypergradients",
     "policy",
     "adadelta",
     "memory",
