@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT, _get_scalar_dtype, _use_grad_for_differentiable
 
 from . import functional, hypergradients
+from .capture import check_warm, is_capturing
 from .functional import Entry
 from .layout import storage_order
 
@@ -107,6 +108,8 @@ class Adadelta(torch.optim.Adadelta):
         for group in self.param_groups:
             with_grad = [p for p in group["params"] if p.grad is not None]
             functional.check_capturable(group, with_grad)
+            if is_capturing() and not all(map(self.state.get, with_grad)):
+                check_warm("state is allocated")
             fused = functional.use_fused(group, [_local(p) for p in with_grad])
             if fused:
                 self._lay_out_state(with_grad, capturable=group["capturable"])

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.optim.adadelta import adadelta as torch_adadelta
 
+from .capture import check_warm
+
 logger = logging.getLogger("adadelta_dist")
 
 ACCUMULATORS = ("square_avg", "acc_delta")
@@ -126,7 +128,7 @@ def use_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
 
     Raises:
         RuntimeError: `fused=True` and no compiler is found, or parameters on a device that
-            has no kernel.
+            has no kernel, or a first call while a CUDA graph is captured.
     """
     if group.get("fused") is False or not params or torch.compiler.is_compiling():
         return False
@@ -252,6 +254,7 @@ def _kernel(device_type: str, dtype: torch.dtype) -> Callable[..., None]:
 @functools.cache
 def _no_kernel(device_type: str, dtype: torch.dtype) -> str | None:
     """Why there is no kernel for this device and dtype, or None if there is one."""
+    check_warm("the fused step is compiled")
     try:
         _kernel(device_type, dtype)
     except Exception as error:  # whatever the compiler's toolchain raises

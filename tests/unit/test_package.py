@@ -16,9 +16,10 @@ SOURCES = CORE + sorted((ROOT / "strategies").rglob("*.py"))
 
 ORDER = [
     "layout",
+    "policy",
+    "capture",
     "functional",
     "hypergradients",
-    "policy",
     "adadelta",
     "memory",
     "flat_slice",
