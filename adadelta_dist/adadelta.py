@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT, _get_scalar_dtype, _use_grad_for_differentiable
 
-from . import functional
+from . import functional, hypergradients
+from .capture import check_warm, is_capturing
 from .functional import Entry
 from .layout import storage_order
 
@@ -20,7 +21,8 @@ class Adadelta(torch.optim.Adadelta):
 
     Args:
         params, lr, rho, eps, weight_decay, foreach, capturable, maximize, differentiable:
-            as `torch.optim.Adadelta`.
+            as `torch.optim.Adadelta`. With `differentiable`, `lr` and `weight_decay` may also be
+            one-element Tensors that require a gradient, and get it, which torch refuses.
         fused: True: one kernel for the whole formula, or an error where no compiler is
             found; False: never; None: the kernel where a compiler is found, `foreach` is
             not given and a group has at least 2**20 elements, torch's own step elsewhere.
@@ -106,6 +108,8 @@ class Adadelta(torch.optim.Adadelta):
         for group in self.param_groups:
             with_grad = [p for p in group["params"] if p.grad is not None]
             functional.check_capturable(group, with_grad)
+            if is_capturing() and not all(map(self.state.get, with_grad)):
+                check_warm("state is allocated")
             fused = functional.use_fused(group, [_local(p) for p in with_grad])
             if fused:
                 self._lay_out_state(with_grad, capturable=group["capturable"])
@@ -117,7 +121,9 @@ class Adadelta(torch.optim.Adadelta):
                 entries = zip(params, grads, square_avgs, acc_deltas, strict=True)
                 _step_fused([tuple(map(_local, entry)) for entry in entries], group)  # type: ignore[misc]
             else:
-                functional.eager_(params, grads, square_avgs, acc_deltas, steps, group)
+                flows = hypergradients.wanted(group)
+                eager_ = hypergradients.eager_ if flows else functional.eager_
+                eager_(params, grads, square_avgs, acc_deltas, steps, group)
 
     def _lay_out_state(self, params: list[Tensor], *, capturable: bool) -> None:
         """Put accumulators that do not exist yet side by side, where no packing is needed."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import collectives, fingerprint
+from .capture import check_warm
 from .collectives import Pending
 from .groups import Group
 from .layout import Bucket, Interval, ParamSpec, bucket_limit, plan_layout, storage_order
@@ -124,6 +125,7 @@ class FlatBucket:
                     f"{_described(p)} now. Build the optimizer last, after model.to(...), "
                     ".half() and whatever else replaces parameters."
                 )
+            check_warm(f"{name} was replaced, and is adopted")
             view.copy_(p.detach().clone())  # it may be another view of the same memory
             p.data = view
 

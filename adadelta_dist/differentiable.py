@@ -2,7 +2,8 @@
 
 Nothing is sharded then: every rank takes the whole step, in torch's own functional form, on
 averaged gradients. What flows back through the average is summed over the ranks, so the
-objective is the sum of all ranks' losses.
+objective is the sum of all ranks' losses. Of what every rank has a copy (what parameters began
+with, a learned `lr`), each rank's derivative is with respect to its own copy: add them up.
 """
 
 import warnings

@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.optim.adadelta import adadelta as torch_adadelta
 from torch.optim.optimizer import _get_scalar_dtype
 
+from .capture import check_warm
+
 logger = logging.getLogger("adadelta_dist")
 
 ACCUMULATORS = ("square_avg", "acc_delta")
@@ -128,7 +130,7 @@ def use_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
 
     Raises:
         RuntimeError: `fused=True` and no compiler is found, or parameters on a device that
-            has no kernel.
+            has no kernel, or a first call while a CUDA graph is captured.
     """
     if group.get("fused") is False or not params or torch.compiler.is_compiling():
         return False
@@ -254,6 +256,7 @@ def _kernel(device_type: str, dtype: torch.dtype) -> Callable[..., None]:
 @functools.cache
 def _no_kernel(device_type: str, dtype: torch.dtype) -> str | None:
     """Why there is no kernel for this device and dtype, or None if there is one."""
+    check_warm("the fused step is compiled")
     try:
         _kernel(device_type, dtype)
     except Exception as error:  # whatever the compiler's toolchain raises

@@ -7,7 +7,8 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from . import fingerprint, groups, state
+from . import fingerprint, groups, scaling, state
+from .capture import check_capture, is_capturing
 from .clipping import clip_shards_
 from .joining import Joining
 from .policy import ShardPolicy
@@ -117,11 +118,27 @@ class ShardedGradients(Joining):
         groups.check_alone(self._group)
         facts = [what]
         try:
+            if is_capturing():
+                facts.append("captured")
+                self._check_capture(what)
             self._check_groups()
             facts += fingerprint.hyperparameters(self.param_groups)
         except Exception as raised:
             error = raised  # it explains whatever went wrong before
         self._reducer.reduce(facts, error)
+
+    def _check_capture(self, what: str) -> None:
+        buckets = [shard.bucket for shard in self._shards]
+        on_host = any(s.steps.device != s.bucket.flat_param.device for s in self._shards)
+        hindrances = {
+            f"{what}, which the host reads": not what.startswith("step"),
+            "GradScaler, whose found_inf the host reads": scaling.is_scaled(self),
+            "Join": self._join_config.enable,
+            "reductions that began before the capture (use ShardPolicy(overlap=False), or capture "
+            "backward too)": self._group.world_size > 1 and any(b.launched for b in buckets),
+            "`step` on the CPU (pass capturable=True to the constructor)": on_host,
+        }
+        check_capture(self._policy, hindrances)
 
     def _check_groups(self) -> None:
         now = [group["params"] for group in self.param_groups]

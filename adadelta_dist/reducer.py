@@ -20,6 +20,7 @@ from torch import Tensor
 from . import agreement, collectives
 from .agreement import RankError
 from .buckets import FlatBucket
+from .capture import is_capturing
 from .groups import Group
 
 
@@ -72,7 +73,9 @@ class GradientReducer:
                 are well raise `RankError`.
         """
         error = self._check(error)
-        edited = [bucket.launched and not bucket.is_current() for bucket in self.buckets]
+        edited = [
+            error is None and bucket.launched and not bucket.is_current() for bucket in self.buckets
+        ]
         by_hand = any(
             changed and not bucket.accumulating  # by the user, that is, not by a backward
             for changed, bucket in zip(edited, self.buckets, strict=True)
@@ -150,13 +153,16 @@ class GradientReducer:
             )
 
     def _on_gradient(self, b: int, i: int) -> None:
-        """A gradient is complete: launch what can be launched, in order."""
+        """A gradient is complete: launch what can be launched, in order.
+
+        Under capture a reduction belongs to the step, which may not be captured with it.
+        """
         bucket = self.buckets[b]
         taken = bucket.take(i)
         with self._lock:  # backward has a thread for each device
             if bucket.launched:
                 bucket.accumulating = True  # a second backward: `reduce()` sends it again
-            elif taken and self._sync and self.overlap:
+            elif taken and self._sync and self.overlap and not is_capturing():
                 bucket.ready.add(i)
                 if not self._counted:
                     for every in self.buckets:

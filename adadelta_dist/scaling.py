@@ -17,6 +17,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from . import collectives
+from .capture import is_capturing
 from .groups import Group
 
 
@@ -41,7 +42,9 @@ def check_unscaled(optimizer: Optimizer, stage: int) -> None:
 def inverse_scale(optimizer: Optimizer) -> float:
     """What to multiply gradients by: 1 without a scaler and after `unscale_`."""
     scale = getattr(optimizer, "grad_scale", None)
-    return 1.0 if scale is None else 1.0 / float(scale)
+    if scale is None or is_capturing():  # where a scaler is refused, by all ranks
+        return 1.0
+    return 1.0 / float(scale)
 
 
 @contextmanager

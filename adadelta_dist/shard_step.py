@@ -1,6 +1,7 @@
 """The step on what one rank owns of a bucket, and the rounding where less is stored."""
 
 from collections.abc import Iterator
+from itertools import compress
 from typing import Any
 
 import torch
@@ -36,7 +37,11 @@ def step_(
             continue
         for piece in _pieces(run, bucket.own_param.device):
             _step_rounded_(shard, piece, group, fused, inverse_scale)
-    shard.steps.add_(torch.tensor(bucket.present, dtype=shard.steps.dtype).to(shard.steps.device))
+    if all(bucket.present):
+        shard.steps.add_(1)
+    else:
+        counted = compress(shard.entries, bucket.present)
+        torch._foreach_add_([entry["step"] for entry in counted], 1)
 
 
 def _step_rounded_(

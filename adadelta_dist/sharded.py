@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from . import collectives, fingerprint, functional, groups, scaling, state
 from .agreement import agreement
 from .buckets import FlatBucket, make_buckets
+from .capture import check_capture, is_capturing
 from .differentiable import averaged_grads
 from .gathering import Gathers, attach
 from .grad_sharding import FreedBucket, ShardingReducer
@@ -39,7 +40,11 @@ class ShardedAdadelta(ShardedGradients):
     Args:
         params, lr, rho, eps, weight_decay, foreach, capturable, maximize, differentiable:
             as `torch.optim.Adadelta`. With `differentiable` nothing is sharded or broadcast:
-            each rank takes the whole step on averaged gradients, through which gradients flow.
+            each rank takes the whole step on averaged gradients, through which gradients flow,
+            to `lr` and `weight_decay` too where they are Tensors that require one: on each
+            rank what its own copy contributes to the sum of all ranks' losses. With
+            `capturable` a step on CUDA may be captured on every rank, after one that is not;
+            replays repeat which gradients there were, and every hyperparameter but a Tensor `lr`.
         fused: as `Adadelta`.
         process_group: the ranks to shard over; None: the default group, or this process
             alone if there is none.
@@ -169,7 +174,7 @@ class ShardedAdadelta(ShardedGradients):
         self._shards = []
         self._params: list[list[Tensor]] = []
         self._reducer = (
-            GradientReducer(group, overlap=policy.overlap)
+            GradientReducer(group, overlap=policy.overlap and group.world_size > 1)
             if policy.stage == 1
             else ShardingReducer(group)
         )
@@ -213,6 +218,8 @@ class ShardedAdadelta(ShardedGradients):
             super()._update()
             return
         if not self._installed:
+            if is_capturing():
+                check_capture(self._policy, {"differentiable=True on several ranks": True})
             with averaged_grads(self._group, self.param_groups):
                 super()._update()
             return
@@ -267,7 +274,7 @@ class ShardedAdadelta(ShardedGradients):
                 group = self.param_groups[g]
                 step_(shard, group, fused=fused[g], inverse_scale=inverse_scale)
                 self._gathers.start(shard.bucket)
-        if not (self._policy.overlap_gather and self._attached):
+        if is_capturing() or not (self._policy.overlap_gather and self._attached):
             self.wait()
 
     def _flat_params(self) -> list[list[Tensor]]:

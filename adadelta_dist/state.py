@@ -14,6 +14,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 from . import collectives, fingerprint
 from .adadelta import check_values
 from .buckets import FlatBucket
+from .capture import check_warm
 from .flat_slice import FlatSlice
 from .functional import ACCUMULATORS
 from .layout import Interval
@@ -91,6 +92,7 @@ def reclaim(shards: Sequence[ShardState], state: State) -> None:
         for i, (p, entry) in enumerate(zip(shard.bucket.params, shard.entries, strict=True)):
             held = state.get(p)
             if held is None or not all(map(is_, entry.values(), map(held.get, entry))):
+                check_warm("state was replaced, and is adopted")
                 check(shard, i, held or {})
                 adopt(shard, i, held or {}, state)
 

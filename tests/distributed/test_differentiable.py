@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from adadelta_dist import Adadelta, RankError, ShardedAdadelta
@@ -19,10 +20,10 @@ def inputs(kind, dtype):
     ]
 
 
-def stepped(optimizer_class, start, grads, **options):
+def stepped(optimizer_class, start, grads, lr=0.5, **options):
     """Parameters after two steps, as functions of what they began with and of the gradients."""
     params = [x.clone() for x in start]
-    optimizer = optimizer_class(params, lr=0.5, differentiable=True, **options)
+    optimizer = optimizer_class(params, lr=lr, differentiable=True, **options)
     for _ in range(2):
         for p, grad in zip(params[:2], grads, strict=False):
             p.grad = grad
@@ -84,6 +85,84 @@ def one_process(*grads):
 
 def test_the_control_passes_gradcheck():
     assert torch.autograd.gradcheck(one_process, inputs(0, torch.float64)[:2])
+
+
+HYPER = torch.tensor([0.5, 0.1], dtype=torch.float64)
+"""Learning rate and weight decay."""
+
+
+def updated(dtype, lr, weight_decay, *grads):
+    """As `stepped`, with hyperparameters that gradients flow into."""
+    options = {"weight_decay": weight_decay, "maximize": True}
+    return stepped(Adadelta, inputs(99, dtype), grads, lr=lr, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_gradients_of_hyperparameters_pass_gradcheck(dtype):
+    def step(*args):
+        return torch.cat([torch.view_as_real(p + 0j).flatten() for p in updated(dtype, *args)])
+
+    lr, weight_decay = HYPER[:1].clone().requires_grad_(), HYPER[1].clone().requires_grad_()
+    args = [lr, weight_decay, *inputs(0, dtype)[:2]]
+    assert torch.autograd.gradcheck(step, args)
+    assert torch.autograd.gradgradcheck(step, args)
+    assert torch.autograd.gradcheck(step, [lr, torch.zeros_like(lr), *args[2:]])
+    assert torch.autograd.gradcheck(step, [0.5, weight_decay, *args[2:]])
+    options = {"weight_decay": 0.1, "maximize": True}
+    plain = stepped(torch.optim.Adadelta, inputs(99, dtype), args[2:], **options)
+    assert all(map(torch.equal, updated(dtype, *args), plain))
+
+
+def loss_at(step, rank, params):
+    """Of one linear layer, on inputs of its own."""
+    weight, bias = params
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    batch = torch.randn(5, 3, dtype=torch.float64, generator=generator)
+    return (batch @ weight + bias).tanh().square().mean()
+
+
+def learned(optimizer_class, ranks, hyper):
+    """The loss after three steps, each on the gradients of the parameters then."""
+    generator = torch.Generator().manual_seed(4)
+    params = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((3, 4), 4)]
+    optimizer = optimizer_class(params, *hyper_options(hyper), differentiable=True)
+    for step in range(3):
+        now = [p.clone().requires_grad_() for p in params]
+        losses = [loss_at(step, rank, now) for rank in ranks]
+        grads = torch.autograd.grad(sum(losses) / len(losses), now, create_graph=step > 0)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        optimizer.step()
+    return sum(loss_at(3, rank, params) for rank in ranks)
+
+
+def hyper_options(hyper):
+    lr, weight_decay = hyper
+    return lr, 0.9, 1e-3, weight_decay
+
+
+def of_hyperparameters(rank):
+    hyper = HYPER.clone().requires_grad_()
+    loss = learned(ShardedAdadelta, [rank], hyper)
+    (derivative,) = torch.autograd.grad(loss, hyper)
+    dist.all_reduce(derivative)  # each rank has what its own copies contribute
+    h = 1e-5 * torch.eye(2, dtype=torch.float64)
+    around = [[learned(ShardedAdadelta, [rank], HYPER + s * row) for s in (1, -1)] for row in h]
+    differences = torch.stack([(up - down).detach() / 2e-5 for up, down in around])
+    dist.all_reduce(differences)
+    return loss.item(), derivative, differences
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_hyperparameters_are_learned_through_several_steps(pool, world_size):
+    hyper = HYPER.clone().requires_grad_()
+    loss = learned(Adadelta, range(world_size), hyper)
+    (wanted,) = torch.autograd.grad(loss, hyper)
+    results = pool(world_size).run(of_hyperparameters)
+    assert sum(loss for loss, *_ in results) == pytest.approx(loss.item(), rel=1e-12)
+    for _, derivative, differences in results:
+        torch.testing.assert_close(derivative, wanted, rtol=1e-10, atol=0)
+        torch.testing.assert_close(differences, wanted, rtol=1e-6, atol=0)
 
 
 def refusals(rank):

@@ -1,6 +1,7 @@
 """Sharding within groups and replicas across them: as flat, with all state equal."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -71,6 +72,35 @@ def test_two_by_two_is_flat_four_and_one_process(pool, make, policy):
         assert all(map(torch.equal, got, results[0][0]))
     for one, other in ((0, 2), (1, 3)):
         assert all(map(torch.equal, results[one][1], results[other][1]))
+
+
+def bytes_across(rank, make):
+    """What one step sends from this rank to ranks of the other half, but for small messages."""
+    sent = []
+    send, all_reduce = dist.isend, dist.all_reduce
+
+    def count_sent(tensor, target, **kwargs):
+        sent.append(tensor.nbytes * (target // 2 != rank // 2))
+        return send(tensor, target, **kwargs)
+
+    def count_reduced(tensor, **kwargs):  # a ring of n ranks: 2 (n - 1) / n of the bytes each
+        ranks = dist.get_process_group_ranks(kwargs["group"])
+        crosses = len({rank // 2 for rank in ranks}) > 1 and tensor.dtype != torch.uint8
+        sent.append(crosses * tensor.nbytes * 2 * (len(ranks) - 1) // len(ranks))
+        return all_reduce(tensor, **kwargs)
+
+    p = nn.Parameter(torch.zeros(1024))
+    optimizer = ShardedAdadelta([p], **make())
+    p.grad = torch.ones(1024)
+    with mock.patch.multiple(dist, isend=count_sent, all_reduce=count_reduced):
+        optimizer.step()
+    return sum(sent)
+
+
+def test_half_of_flats_bytes_go_between_the_halves(pool):
+    assert pool(4).run(bytes_across, dict) == [4096] * 4
+    for make in (groups, mesh):
+        assert pool(4).run(bytes_across, make) == [2048] * 4
 
 
 def half(rank):

@@ -33,10 +33,14 @@ def new_scaler():
     return torch.amp.GradScaler("cpu", init_scale=512.0, growth_interval=2)
 
 
-def train(rank, policy, unscale):
+def train_fused(rank):
+    return train(rank, ShardPolicy(), False, fused=True)
+
+
+def train(rank, policy, unscale, **options):
     """Parameters and scale after each step, and how many were skipped."""
     params, scaler = parameters(), new_scaler()
-    optimizer = ShardedAdadelta(params, weight_decay=0.1, policy=policy)
+    optimizer = ShardedAdadelta(params, weight_decay=0.1, policy=policy, **options)
     # The scheduler wraps `step`, so the scaler is not its direct caller.
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
     history = []
@@ -98,6 +102,16 @@ def test_all_ranks_skip_and_their_scales_are_one_process_s(pool, world_size, pol
         assert skipped == 2
         for (got, _), (want, _) in zip(history, wanted, strict=True):
             assert all(map(torch.equal, got, want))
+
+
+def test_the_fused_step_unscales(pool):
+    wanted = control(2)
+    for history, skipped in pool(2).run(train_fused):
+        assert skipped == 2
+        for (got, scale), (want, wanted_scale) in zip(history, wanted, strict=True):
+            assert scale == wanted_scale
+            # A few units in the last place a step: docs/design.md.
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_that_were_unscaled_already(pool):

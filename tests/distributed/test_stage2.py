@@ -11,7 +11,7 @@ from test_gradients import STAGE_2, assert_close, batch, loss_of, model, values
 from torch import nn
 from torch.optim import Adadelta
 
-from adadelta_dist import FlatSlice, RankError, ShardedAdadelta
+from adadelta_dist import FlatSlice, RankError, ShardedAdadelta, ShardPolicy
 
 
 def new(**options):
@@ -60,6 +60,15 @@ def test_gradients_are_freed_and_add_up_in_the_shard(pool, world_size):
     wanted, _ = reference(batches, divide_by=world_size)
     for got in pool(world_size).run(freed, world_size):
         assert_close(got, wanted)
+
+
+def averaged_elsewhere(rank):
+    with pytest.raises(ValueError, match=r"stage=2 with gradients='averaged'.*gradients='local'"):
+        ShardedAdadelta(model().parameters(), policy=ShardPolicy(stage=2, gradients="averaged"))
+
+
+def test_gradients_that_others_average_are_refused_on_every_rank(pool):
+    pool(2).run(averaged_elsewhere)
 
 
 def grad_shard_of_a_stranger(rank):

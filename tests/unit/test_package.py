@@ -16,8 +16,10 @@ SOURCES = CORE + sorted((ROOT / "strategies").rglob("*.py"))
 
 ORDER = [
     "layout",
-    "functional",
     "policy",
+    "capture",
+    "functional",
+    "hypergradients",
     "adadelta",
     "memory",
     "flat_slice",
