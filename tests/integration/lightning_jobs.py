@@ -111,6 +111,7 @@ def _over_one_rank(module: Any) -> Any:
 WRONG = {
     "SGD": lambda module: torch.optim.SGD(module.parameters(), lr=1.0),
     "none": lambda module: None,
+    "empty list": lambda module: [],
     "SGD on rank 1": _on_one_rank,
     "raises on rank 1": lambda module: torch.optim.Adadelta(
         module.parameters(), lr=1 / (1 - module.rank)

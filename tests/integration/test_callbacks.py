@@ -158,6 +158,56 @@ def test_the_timer_splits_a_step_of_stage_2_too(pool):
         assert rank["left"] == 0
 
 
+ALL = {
+    "AdadeltaMonitor": {"every_n_steps": EVERY},
+    "StepTimer": {"every_n_steps": EVERY},
+    "EpsDecay": {"monitor": "validation_loss", "min_delta": 100.0},
+    "ShardReport": {},
+}
+
+
+@pytest.mark.parametrize("optimizer", ["torch", "Adadelta", "Sharded averaged"])
+def test_all_of_them_under_stock_ddp(pool, optimizer):
+    alone = watched(None, 1, Job(), ALL)
+    zero, one = pool(2).run(watched, 2, Job(optimizer=optimizer, strategy="ddp"), ALL)
+    assert zero["groups"] == one["groups"] == alone["groups"]
+    assert zero["groups"][0]["eps"] == pytest.approx(1e-8), "decayed after the second validation"
+    assert zero["left"] == one["left"] == 0
+    replicated = alone["kept"]["ShardReport"]["replicated_bytes"]
+    for rank in (zero, one):
+        assert sum("step/update_ms" in row for _, row in rank["rows"]) == 8
+        sizes = rank["kept"]["ShardReport"]["bytes_by_rank"]
+        shares = 1 if optimizer == "Sharded averaged" else 2
+        assert sum(sizes) == pytest.approx(shares * replicated, abs=200)
+    monitored = [
+        [row for _, row in r["rows"] if "adadelta/gradient_norm" in row] for r in (alone, zero)
+    ]
+    for theirs, ours in zip(*monitored, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def rates(rank, world_size, job):
+    logger = Capture()
+    watch = pl.callbacks.LearningRateMonitor("step", log_weight_decay=True)
+    arguments = {"logger": logger, "callbacks": [watch], "log_every_n_steps": 1}
+    job = Job(**{**vars(job), "trainer": arguments})
+    result = run_alone(job) if rank is None else run(rank, world_size, job)
+    assert result["step"] == 16
+    return [row for row in logger.rows if any(key.startswith("lr-") for key in row[1])]
+
+
+def test_lightnings_own_monitor_of_learning_rates(pool):
+    job = Job(scheduler="step")
+    alone = rates(None, 1, job)
+    assert len({row["lr-Adadelta/pg1"] for _, row in alone}) > 3, "the schedule moves"
+    for rows in pool(2).run(rates, 2, job):
+        named = [
+            (step, {key.replace("ShardedAdadelta", "Adadelta"): v for key, v in row.items()})
+            for step, row in rows
+        ]
+        assert named == alone
+
+
 def test_the_report_adds_up(pool):
     zero, one = pool(2).run(watched, 2, Job(), {"ShardReport": {}})
     report = zero["kept"]["ShardReport"]

@@ -47,7 +47,12 @@ def fit(rank, world_size, stages, folder):
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
     from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
-    from adadelta_dist.strategies.callbacks import AdadeltaMonitor
+    from adadelta_dist.strategies.callbacks import (
+        AdadeltaMonitor,
+        EpsDecay,
+        ShardReport,
+        StepTimer,
+    )
     from adadelta_dist.strategies.deepspeed import register, unregister
 
     class OnCpu(DeepSpeedStrategy):
@@ -81,6 +86,9 @@ def fit(rank, world_size, stages, folder):
             self.log("loss", loss)
             return loss
 
+        def validation_step(self, batch, _):
+            self.log("score", 1.0, sync_dist=True)
+
         def configure_optimizers(self):
             raise AssertionError("the optimizer is named in the JSON")
 
@@ -103,6 +111,8 @@ def fit(rank, world_size, stages, folder):
             config["train_micro_batch_size_per_gpu"] = jobs.BATCH // world_size
             strategy = OnCpu(config=config)
             losses, monitor = Losses(), AdadeltaMonitor(every_n_steps=1)
+            timer, report = StepTimer(every_n_steps=1), ShardReport()
+            decay = EpsDecay("score")  # the second of two equal validations is no better
             saver = ModelCheckpoint(f"{folder}/{stage}", filename="last", save_top_k=-1)
             trainer = pl.Trainer(
                 accelerator="cpu",
@@ -110,16 +120,21 @@ def fit(rank, world_size, stages, folder):
                 strategy=strategy,
                 plugins=[Environment()],
                 max_epochs=1,
-                callbacks=[losses, saver, monitor],
+                callbacks=[losses, saver, monitor, timer, report, decay],
+                val_check_interval=STEPS // 2,
+                num_sanity_val_steps=0,
                 use_distributed_sampler=False,
                 logger=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-            trainer.fit(Module(), DataLoader(Batches(rank, world_size), batch_size=None))
+            data = DataLoader(Batches(rank, world_size), batch_size=None)
+            trainer.fit(Module(), data, data)
             kind = type(strategy.model.basic_optimizer).__name__
             files = sorted(os.listdir(f"{folder}/{stage}/last.ckpt"))
-            results[stage] = losses.seen, kind, files, monitor.latest
+            eps = strategy.model.basic_optimizer.param_groups[0]["eps"]
+            others = timer.latest, report.bytes_by_rank, report.replicated_bytes, eps
+            results[stage] = losses.seen, kind, files, monitor.latest, others
     finally:
         unregister()
     return results
@@ -139,9 +154,21 @@ def fitted(tmp_path_factory):
 def test_a_trainer_takes_the_steps_of_one_process(fitted, stage):
     losses = [sum(step) / 2 for step in zip(*(r[stage][0] for r in fitted), strict=True)]
     assert losses == pytest.approx(jobs.train_alone(STEPS), rel=1e-5)
-    for _, kind, files, _ in (of_rank[stage] for of_rank in fitted):
+    for _, kind, files, *_ in (of_rank[stage] for of_rank in fitted):
         assert kind == ("FusedAdadelta" if stage else "StageZeroAdadelta")
         assert "checkpoint" in files, "DeepSpeed's own folder"
+
+
+def test_the_other_callbacks_work_there_too(fitted):
+    for stage in range(4):
+        zero, one = (of_rank[stage][4] for of_rank in fitted)
+        assert zero[1:] == one[1:]
+        timing, by_rank, replicated, eps = zero
+        assert timing["step/update_ms"] > 0
+        whole = fitted[0][0][4][2]  # what stage 0 says that a replicated state takes
+        assert sum(by_rank) == pytest.approx(whole, rel=0.05), "a half each, and padding"
+        assert replicated == pytest.approx(whole, rel=0.05)
+        assert eps == pytest.approx(jobs.HYPERPARAMETERS["eps"] * 0.01)
 
 
 def test_the_monitor_sees_the_same_at_every_stage(fitted):

@@ -13,6 +13,7 @@ CASES = {
     "clip value": {"clip": {"clip_val": 0.005}},
     "scheduler": {"scheduler": True},
     "set up apart": {"apart": True},
+    "stage 2, accumulate, clip": {"stage": 2, "accumulate": 4, "clip": {"max_norm": 0.05}},
 }
 
 
@@ -34,7 +35,7 @@ def prepare(seed, scheduler=False):
     return model, optimizer, schedule
 
 
-def train_alone(accumulate=1, clip=None, scheduler=False, apart=False, epochs=2):
+def train_alone(accumulate=1, clip=None, scheduler=False, apart=False, epochs=2, stage=1):
     """The same loop in one process, with torch alone."""
     model, optimizer, schedule = prepare(0, scheduler)
     losses = []
@@ -56,14 +57,29 @@ def train_alone(accumulate=1, clip=None, scheduler=False, apart=False, epochs=2)
 
 
 def train(
-    rank, world_size, accumulate=1, clip=None, scheduler=False, apart=False, epochs=2, **paths
+    rank,
+    world_size,
+    accumulate=1,
+    clip=None,
+    scheduler=False,
+    apart=False,
+    epochs=2,
+    stage=1,
+    precision=None,
+    **paths,
 ):
     become_rank(rank, world_size)
     from lightning.fabric import Fabric
+    from lightning.fabric.plugins import MixedPrecision
 
     import adadelta_dist.strategies.fabric  # noqa: F401 (registers the name)
 
-    fabric = Fabric(accelerator="cpu", devices=world_size, strategy="sharded_adadelta")
+    strategy = {1: "sharded_adadelta", 2: "sharded_adadelta_zero2"}[stage]
+    chosen = {"precision": precision}
+    if precision == "16-mixed":  # of CPUs Fabric makes bfloat16, if it chooses
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=16)
+        chosen = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
+    fabric = Fabric(accelerator="cpu", devices=world_size, strategy=strategy, **chosen)
     fabric.launch()
     model, optimizer, schedule = prepare(rank, scheduler)
     kept = optimizer
@@ -109,6 +125,18 @@ def test_the_loss_curve_is_that_of_one_process(pool, case):
 
 def train_case(rank, world_size, arguments):
     return train(rank, world_size, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("precision", "rtol"),
+    [("64-true", 1e-4), ("bf16-mixed", 0.1), ("bf16-true", 0.1), ("16-mixed", 0.1)],
+)
+def test_it_trains_in_other_precisions(pool, precision, rtol):
+    """Near to the run in single precision, clipped alike though a scaler multiplies gradients."""
+    case = {"clip": {"max_norm": 0.05}, "epochs": 4}
+    ranks = pool(2).run(train_case, 2, case | {"precision": precision})
+    losses = np.mean([rank[0] for rank in ranks], axis=0)
+    np.testing.assert_allclose(losses, train_alone(**case), rtol=rtol)
 
 
 def test_the_cases_are_not_all_the_same():

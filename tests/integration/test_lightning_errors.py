@@ -23,6 +23,11 @@ CASES = {
         ["TypeError", "TypeError"],
         "configure_optimizers returned no optimizer",
     ),
+    "an empty list of optimizers": (
+        Job(optimizer="empty list"),
+        ["TypeError", "TypeError"],
+        "configure_optimizers returned no optimizer",
+    ),
     "an error in configure_optimizers of one rank": (
         Job(optimizer="raises on rank 1"),
         ["RankError", "ZeroDivisionError"],
