@@ -1,6 +1,7 @@
 """`ShardReport`: who owns how much of the optimizers' state."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,12 @@ class ShardReport(pl.callbacks.Callback):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Collect the sizes and print the table. Collective."""
         own, replicated = 0, 0
-        for optimizer, partitioned in map(innermost, trainer.optimizers):
-            own += _own_bytes(optimizer)
+        for wrapped in trainer.optimizers:
+            optimizer, partitioned = innermost(wrapped)
+            all_of_it = _bytes_for(_params(wrapped, optimizer))
+            own += _bytes_kept(optimizer) or all_of_it  # from the first step on
             if not partitioned or isinstance(optimizer, ShardedAdadelta):
-                replicated += _replicated_bytes(optimizer)
+                replicated += all_of_it
         sizes = torch.zeros(
             trainer.world_size, dtype=torch.int64, device=trainer.strategy.root_device
         )
@@ -53,16 +56,20 @@ def table(bytes_by_rank: Sequence[int], replicated: int) -> str:
     return "\n".join(lines)
 
 
-def _own_bytes(optimizer: Optimizer) -> int:
-    """What this rank keeps, or will keep from the first step on."""
-    if not optimizer.state:
-        return _replicated_bytes(optimizer)
+def _params(wrapped: Any, optimizer: Optimizer) -> list[Tensor]:
+    """What this rank updates, as far as the optimizer is told before the first step."""
+    # DeepSpeed's stage 3 puts its pieces into the groups during a step only.
+    flat: list[Tensor] | None = getattr(wrapped, "fp32_partitioned_groups_flat", None)
+    return flat or [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _bytes_kept(optimizer: Optimizer) -> int:
     entries = [value for entry in optimizer.state.values() for value in entry.values()]
     kept = [value.local if isinstance(value, FlatSlice) else value for value in entries]
     return sum(value.nbytes for value in kept if isinstance(value, Tensor))
 
 
-def _replicated_bytes(optimizer: Optimizer) -> int:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+def _bytes_for(params: list[Tensor]) -> int:
+    """The accumulators of these parameters, with one step each."""
     step = torch.zeros(()).nbytes
     return sum(_ACCUMULATORS * p.nbytes + step for p in params)

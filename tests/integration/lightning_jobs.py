@@ -5,6 +5,8 @@ and in one process with stock Lightning and `torch.optim.Adadelta`.
 """
 
 import os
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from adadelta_dist import Adadelta, ShardedAdadelta, ShardPolicy
 
+ROOT = Path(__file__).parents[2]
 GLOBAL_BATCH, BATCHES, INPUTS, CLASSES = 12, 8, 20, 5
 
 # Lightning's own remarks on jobs as small as these, by message.
@@ -230,6 +233,21 @@ def make_module(job: Job, world_size: int) -> Any:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     return Clipping() if job.module == "clips by itself" else Net()
+
+
+def run_script(
+    code: str, folder: Path, *arguments: str, timeout: float = 180.0
+) -> "subprocess.CompletedProcess[str]":
+    """Run a script as users start theirs; Lightning starts the other ranks."""
+    (folder / "script.py").write_text(code)
+    return subprocess.run(
+        [sys.executable, "script.py", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def import_lightning(rank: int) -> None:

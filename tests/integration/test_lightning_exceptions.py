@@ -1,17 +1,11 @@
 """Exceptions that end training: a checkpoint if every rank has one, and no waiting if not."""
 
-import os
-import subprocess
-import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-from lightning_jobs import Job, fail, run
-
-ROOT = Path(__file__).parents[2]
+from lightning_jobs import Job, fail, run, run_script
 
 
 class Stop(pl.Callback):
@@ -76,15 +70,7 @@ trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(32, 8), batch_size=4)
 @pytest.mark.parametrize("alone", [0, 1])
 def test_a_rank_alone_with_an_exception_ends_the_job(tmp_path, alone):
     """With the default timeout of the process group, which is half an hour."""
-    (tmp_path / "script.py").write_text(SCRIPT.replace("ALONE", str(alone)))
-    finished = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    finished = run_script(SCRIPT.replace("ALONE", str(alone)), tmp_path, timeout=120)
     assert finished.returncode != 0
     assert "KeyError: 'on purpose'" in finished.stderr
     assert f"rank {alone}: KeyError at step 2, not on all of the 2 ranks" in finished.stderr

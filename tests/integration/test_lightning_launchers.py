@@ -1,15 +1,8 @@
 """Ranks that the Trainer itself starts, and what ModelCheckpoint keeps."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import lightning.pytorch as pl
 import pytest
-from lightning_jobs import Job, run
-
-ROOT = Path(__file__).parents[2]
+from lightning_jobs import Job, run, run_script
 
 SCRIPT = """
 import sys, warnings
@@ -46,15 +39,7 @@ if __name__ == "__main__":
 
 
 def test_fork_and_spawn(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    finished = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    finished = run_script(SCRIPT, tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.split() == ["fork", "spawn"]
 

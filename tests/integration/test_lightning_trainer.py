@@ -1,19 +1,12 @@
 """What else a Trainer does with the strategy: loops, precisions, buffers, launchers, errors."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import LayerSync
-from lightning_jobs import Job, fail, run, run_alone
+from lightning_jobs import Job, fail, run, run_alone, run_script
 from torch import nn
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_all_loops_run_and_agree_with_one_process(pool):
@@ -179,7 +172,5 @@ torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_torchs_own_synced_batch_norm_trains_as_under_ddp(tmp_path):
-    (tmp_path / "script.py").write_text(ON_GPUS)
-    command = [sys.executable, "script.py", "cuda"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=240)
+    finished = run_script(ON_GPUS, tmp_path, "cuda")
+    assert finished.returncode == 0, finished.stderr[-3000:]

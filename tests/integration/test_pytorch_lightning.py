@@ -1,11 +1,6 @@
 """The same for those who have `pytorch_lightning`, whose classes are not those of `lightning`."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
+from lightning_jobs import run_script
 
 SCRIPT = """
 import os, sys, warnings
@@ -75,14 +70,6 @@ if trainer.global_rank == 0:
 
 
 def test_all_of_it_works_with_pytorch_lightning(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    finished = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    finished = run_script(SCRIPT, tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.endswith("equal\n")
