@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import checkpoint, iteration, memory, step
+from . import checkpoint, growth, iteration, memory, step
 from .peers import BF16_WIRE, HYBRID, PEERS
 from .pictures import draw
 from .report import Section, facts, report
@@ -18,6 +18,7 @@ SECTIONS: dict[str, Callable[[bool], Section]] = {
     "iteration": iteration.measure,
     "memory": memory.measure,
     "checkpoint": checkpoint.measure,
+    "growth": growth.measure,
 }
 
 

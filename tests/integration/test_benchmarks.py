@@ -26,7 +26,7 @@ def test_a_quick_run_leaves_a_report_of_every_peer_and_pictures(tmp_path):
     (report,) = tmp_path.glob("*.md")
     parts = re.split(r"^## (.*)$", report.read_text(), flags=re.M)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
-    for name in ("iteration", "memory", "checkpoint"):
+    for name in ("iteration", "memory", "checkpoint", "growth"):
         assert not [peer for peer in PEERS if f"| {peer} " not in sections[name]]
     assert "torch.compile" in sections["step"]
     assert "nan" not in report.read_text()
