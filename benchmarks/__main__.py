@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import checkpoint, growth, iteration, memory, step
+from . import checkpoint, growth, iteration, memory, step, two_hosts
 from .peers import BF16_WIRE, HYBRID, PEERS
 from .pictures import draw
 from .report import Section, facts, report
@@ -19,6 +19,7 @@ SECTIONS: dict[str, Callable[[bool], Section]] = {
     "memory": memory.measure,
     "checkpoint": checkpoint.measure,
     "growth": growth.measure,
+    "two_hosts": two_hosts.measure,
 }
 
 
