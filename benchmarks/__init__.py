@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks`."""
+"""Benchmarks: `python -m benchmarks`, on Linux with glibc."""

@@ -1,51 +1,58 @@
-"""`python -m benchmarks`: measure, print the tables, write a report and a picture."""
+"""`python -m benchmarks`: measure, print the tables, write a report and its pictures."""
 
 import argparse
 import datetime
 import shlex
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import checkpoint, iteration, step
-from .report import Table, picture, report
+from . import checkpoint, growth, iteration, memory, step, two_hosts
+from .peers import BF16_WIRE, HYBRID, PEERS
+from .pictures import draw
+from .report import Section, facts, report
 
-KINDS = ("step", "iteration", "checkpoint")
+SECTIONS: dict[str, Callable[[bool], Section]] = {
+    "step": step.measure,
+    "iteration": iteration.measure,
+    "memory": memory.measure,
+    "checkpoint": checkpoint.measure,
+    "growth": growth.measure,
+    "two_hosts": two_hosts.measure,
+}
 
 
-def _arguments(argv: list[str]) -> argparse.Namespace:
+def main(argv: Sequence[str]) -> None:
+    """Run the benchmarks that the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=["all", *KINDS])
-    parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
-    parser.add_argument("--world-size", type=int, default=2, help="ranks of `iteration`")
-    parser.add_argument("--repetitions", type=int, help="of each peer")
+    parser.add_argument("what", nargs="*", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="toy sizes: does it run at all?")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(__file__).parent / "results",
         help="folder of the report (default: %(default)s)",
     )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> None:
-    """Run the benchmarks that the command line asks for."""
-    chosen = _arguments(argv)
-    changes = {} if chosen.repetitions is None else {"repetitions": chosen.repetitions}
-    tables: list[Table] = []
-    if chosen.what in ("all", "step"):
-        tables += step.measure(replace(step.QUICK if chosen.quick else step.StepPlan(), **changes))
-    if chosen.what in ("all", "iteration"):
-        plan = iteration.QUICK if chosen.quick else iteration.IterationPlan()
-        tables += iteration.measure(replace(plan, world_size=chosen.world_size, **changes))
-    if chosen.what in ("all", "checkpoint"):
-        saving = checkpoint.QUICK if chosen.quick else checkpoint.CheckpointPlan()
-        tables += checkpoint.measure(replace(saving, **changes))
-    name = datetime.date.today().isoformat() + ("-quick" if chosen.quick else "")
-    text = report(tables, name, shlex.join(["python", "-m", "benchmarks", *argv]))
+    chosen = parser.parse_args(argv)
+    if unknown := set(chosen.what) - set(SECTIONS):
+        parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(SECTIONS)}")
+    where = facts(shlex.join(["python", "-m", "benchmarks", *argv]))
+    used = [peer for peer in [*PEERS, BF16_WIRE, HYBRID] if peer.settings]
+    settings = "\n".join(f"- {peer.name}: {peer.settings}." for peer in used)
+    date = datetime.date.today().isoformat() + ("-quick" if chosen.quick else "")
     chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / f"{name}.md").write_text(text)
-    picture(tables, chosen.out / f"{name}.png")
+    sections: dict[str, Section] = {}
+    pictures: dict[str, list[str]] = {}
+    text, took = "", "\n- Took"
+    for name in chosen.what or SECTIONS:
+        start = time.monotonic()
+        sections[name] = SECTIONS[name](chosen.quick)
+        took += f" {name} {time.monotonic() - start:.0f} s,"
+        pictures[name] = [file.name for file in draw(sections[name], chosen.out / f"{date}-{name}")]
+        text = f"# Benchmarks, {date}\n\n"
+        text += report(sections, pictures, settings, where + took.rstrip(",") + ".")
+        (chosen.out / f"{date}.md").write_text(text)  # of what there is, should the rest fail
     print(text)
 
 

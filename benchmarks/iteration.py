@@ -1,223 +1,171 @@
 """One training iteration over gloo ranks of one thread: what a step costs in its place.
 
-All peers live in the same processes, each with its own copy of the model, and take
-turns. An iteration is forward, backward, step and zero_grad, from one barrier to the
-next, so that its time is that of the slowest rank.
+Peers live in the same processes, each with its own copy of the model, and take turns. Where
+memory does not take all of them at once, they come in sets, each with the reference among
+them, so that every ratio is one of neighbours.
 """
 
-import json
-import os
 import statistics
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from tqdm import tqdm
 
-from adadelta_dist import Adadelta, ShardedAdadelta, ShardPolicy
-
-from .report import Table, Timing
+from . import ranks
+from .peers import ALONE, COLLECTIVES, OURS, PEERS, Peer, Setup, UnsupportedError
+from .ranks import Turns
+from .report import Row, Table
+from .tasks import Perceptron, Task, Transformer, numel
 
 MIB = 2**20
-SENT = "MiB sent per rank"
-ALONE = "forward + backward alone"
-BASELINE = "DDP + torch.optim.Adadelta"
-LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
+PEER_BYTES = 18
+"""An element's, on average: parameters, gradients, accumulators, and what is on its way."""
+BOTH = "the two above, one after the other"
 
 
 @dataclass(frozen=True)
-class IterationPlan:
+class Plan:
     """What to measure.
 
     Args:
-        widths: of the layers of the perceptron.
-        batch: samples per rank.
+        task: what is trained.
         world_size: number of ranks.
-        warmup, repetitions: iterations of each peer.
+        turns: of each peer.
+        iterations: of a turn; one that leaves something under way is charged for it at the end.
     """
 
-    widths: tuple[int, ...] = (1024, 3072, 3072, 3072, 1000)
-    batch: int = 64
+    task: Task
     world_size: int = 2
-    warmup: int = 3
-    repetitions: int = 20
-
-    @property
-    def numel(self) -> int:
-        return sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(self.widths))
+    turns: int = 7
+    iterations: int = 2
 
 
-QUICK = IterationPlan(widths=(16, 32, 8), batch=4, warmup=2, repetitions=3)
-
-Peer = tuple[nn.Module, Optimizer | None]
-
-
-def measure(plan: IterationPlan) -> list[Table]:
-    """One table, from processes of its own."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_rank, (plan, folder), nprocs=plan.world_size)
-            found = json.loads((Path(folder) / "found.json").read_text())
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
-    return [_table(plan, found)]
+PLANS = [
+    Plan(Perceptron((1024, 1152, 1152, 1152, 1000)), turns=9),
+    Plan(Perceptron((1024, 3072, 3072, 3072, 1000)), turns=7),
+    Plan(Perceptron((1024, 6560, 6560, 6560, 1000)), turns=3, iterations=1),
+    Plan(Perceptron((1024, 3072, 3072, 3072, 1000)), world_size=4, turns=5, iterations=1),
+    Plan(Transformer(256, 6), turns=7),
+    Plan(Transformer(512, 8), turns=5),
+    Plan(Transformer(256, 6), world_size=4, turns=5),
+]
+QUICK = [
+    Plan(Perceptron((16, 32, 8), batch=4), turns=2, iterations=1),
+    Plan(Transformer(16, 2, length=4), turns=2, iterations=1),
+]
 
 
-def _table(plan: IterationPlan, found: dict[str, dict[str, list[float] | str]]) -> Table:
-    timings, skipped = [], {}
-    for name, result in found.items():
-        if "skipped" in result:
-            skipped[name] = str(result["skipped"])
-            continue
-        sent = [float(count) / plan.world_size / MIB for count in result["sent"]]
-        extra = {SENT: f"{statistics.median(sent):.3g}"} if sent else {}
-        times = [float(s) for s in result["seconds"]]
-        ours = "adadelta_dist" in name
-        timings.append(Timing(name, times, ours, name == ALONE, extra))
-    if not LOOPBACK.exists():
-        skipped[SENT] = f"there is no {LOOPBACK} to read"
-    ranks = plan.world_size
-    least = 2 * (ranks - 1) / ranks * plan.numel * 4 / MIB
-    return Table(
-        f"iteration: {plan.numel / 1e6:.3g} M parameters, {ranks} ranks",
-        f"Perceptron {' -> '.join(map(str, plan.widths))}, fp32, batch {plan.batch} per rank, "
-        f"{ranks} gloo ranks of 1 thread on one machine, {plan.repetitions} repetitions. Ratio to "
-        f"{BASELINE}. Bytes are the loopback interface's own count, median, headers included; "
-        f"2(N-1)/N of the parameters is {least:.3g} MiB.",
-        timings,
-        BASELINE,
-        skipped,
+def measure(quick: bool) -> list[Table]:
+    """A table for each plan, from processes of its own."""
+    return [_table(plan) for plan in (QUICK if quick else PLANS)]
+
+
+def _table(plan: Plan) -> Table:
+    size = numel(plan.task) / 1e6
+    short = f"{plan.task.name} {size:.3g} M, {plan.world_size} ranks"
+    found = ranks.run(
+        plan.world_size, take_turns, plan.task, PEERS, plan.turns, plan.iterations, short
     )
+    least = 2 * (plan.world_size - 1) / plan.world_size * size * 4e6 / MIB
+    note = (
+        f"{str(plan.task).capitalize()}, fp32, {plan.world_size} gloo ranks of 1 thread on one "
+        f"machine; {plan.turns} turns of {plan.iterations} iterations. Bytes are the loopback "
+        f"interface's own count; 2 (N-1)/N of the parameters is {least:.3g} MiB."
+    )
+    return table(f"iteration: {short}", short, note, PEERS, found, plan.iterations)
 
 
-def _builders() -> dict[str, Callable[[nn.Module], Peer]]:
-    """What makes each peer out of a model."""
+def table(
+    title: str,
+    short: str,
+    note: str,
+    peers: Sequence[Peer],
+    found: "Found",
+    iterations: int,
+    sender: str = "rank",
+) -> Table:
+    """What `take_turns` found, in milliseconds an iteration."""
 
-    def ddp(model: nn.Module) -> nn.Module:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+    def milliseconds(turns: Turns) -> list[float]:
+        return [1e3 * seconds / iterations for seconds in turns.seconds]
 
-    def zero(model: nn.Module) -> Peer:
-        optimizer = ZeroRedundancyOptimizer(
-            model.parameters(),
-            optimizer_class=torch.optim.Adadelta,
-            parameters_as_bucket_view=True,
-        )
-        return ddp(model), optimizer
-
-    def fsdp(model: nn.Module) -> Peer:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for layer in [*(m for m in model.children() if list(m.parameters())), model]:
-            fully_shard(layer, mesh=mesh)
-        return model, torch.optim.Adadelta(model.parameters())
-
-    def sharded(*, overlap: bool) -> Callable[[nn.Module], Peer]:
-        policy = ShardPolicy(overlap=overlap)
-        return lambda model: (model, ShardedAdadelta(model.parameters(), policy=policy))
-
-    return {
-        ALONE: lambda model: (model, None),
-        BASELINE: lambda model: (ddp(model), torch.optim.Adadelta(model.parameters())),
-        "DDP + adadelta_dist.Adadelta": lambda model: (ddp(model), Adadelta(model.parameters())),
-        "DDP + ZeroRedundancyOptimizer": zero,
-        "FSDP2 + torch.optim.Adadelta": fsdp,
-        "adadelta_dist.ShardedAdadelta, overlap=True": sharded(overlap=True),
-        "adadelta_dist.ShardedAdadelta, overlap=False": sharded(overlap=False),
-    }
+    rows = []
+    for peer in peers:
+        if peer.name in found.turns:
+            turns, beside = found.turns[peer.name]
+            sent = statistics.median(turns.sent) / found.senders / iterations / MIB
+            extra = {f"MiB sent per {sender}": f"{sent:.3g}"}
+            rows.append(Row(peer.name, milliseconds(turns), milliseconds(beside), peer.role, extra))
+        if peer == COLLECTIVES and ALONE.name in found.turns:
+            pairs = zip(*(row.values for row in rows[-2:]), strict=True)
+            rows.append(Row(BOTH, [a + b for a, b in pairs], rows[-1].beside, "yardstick"))
+    return Table(title, short, note, rows, skipped=found.skipped)
 
 
-def _rank(rank: int, plan: IterationPlan, folder: str) -> None:
-    """One process: all peers, in turns; rank 0 writes what it found."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/rendezvous"
-    minutes = timedelta(minutes=3)
-    dist.init_process_group("gloo", store, minutes, world_size=plan.world_size, rank=rank)
-    try:
-        found = _measure_peers(rank, plan)
-    finally:
-        dist.destroy_process_group()
-    if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
+@dataclass(frozen=True)
+class Found:
+    """What the peers took.
+
+    Args:
+        turns: by peer, and those of the reference beside it.
+        skipped: why, by peer.
+        senders: how many ranks' bytes were counted together.
+    """
+
+    turns: dict[str, tuple[Turns, Turns]]
+    skipped: dict[str, str]
+    senders: int
 
 
-def _measure_peers(rank: int, plan: IterationPlan) -> dict[str, dict[str, list[float] | str]]:
-    generator = torch.Generator().manual_seed(rank)
-    batch = torch.randn(plan.batch, plan.widths[0], generator=generator)
-    labels = torch.randint(plan.widths[-1], (plan.batch,), generator=generator)
-    found: dict[str, dict[str, list[float] | str]] = {}
-    peers: dict[str, Peer] = {}
-    for name, build in _builders().items():
-        try:
-            peers[name] = build(_model(plan.widths))
-            for _ in range(plan.warmup):
-                _iterate(peers[name], batch, labels)
-        except Exception as error:  # some peers do not run on every torch or backend
-            if name == BASELINE or "FSDP2" not in name:
-                raise
-            peers.pop(name, None)
-            found[name] = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-        else:
-            found[name] = {"seconds": [], "sent": []}
-    order = list(peers)
-    for _ in tqdm(range(plan.repetitions), "iteration", unit="repetition", disable=rank > 0):
-        for name in order:
-            seconds, sent = _timed(peers[name], batch, labels)
-            found[name]["seconds"].append(seconds)  # type: ignore[union-attr]
-            if sent is not None:
-                found[name]["sent"].append(sent)  # type: ignore[union-attr]
-        order.append(order.pop(0))
+def take_turns(
+    task: Task,
+    peers: Sequence[Peer],
+    turns: int,
+    iterations: int,
+    title: str,
+    interface: str = ranks.LOOPBACK,
+    warmup: int = 2,
+) -> Found:
+    """Build the peers, as many at a time as memory takes, and let them iterate. Collective."""
+    senders = dist.get_world_size() if interface == ranks.LOOPBACK else 1
+    found = Found({}, {}, senders)
+    batch = task.inputs(dist.get_rank())
+    for together in ranks.in_sets(peers, OURS, _room(task)):
+        setups: dict[str, Setup] = {}
+        for peer in together:
+            try:
+                setups[peer.name] = peer.build(task.model())
+            except UnsupportedError as reason:
+                found.skipped[peer.name] = str(reason)
+        calls = {name: _Turn(setup, batch, iterations) for name, setup in setups.items()}
+        for call in calls.values():
+            for _ in range(warmup):
+                call.setup.iterate(batch)
+            call.setup.finish()
+        timed = ranks.alternate(calls, turns, title, interface)
+        for name, taken in timed.items():
+            found.turns.setdefault(name, (taken, timed[OURS.name]))
+        del setups, calls, call
+        ranks.release_memory()
     return found
 
 
-def _timed(peer: Peer, batch: Tensor, labels: Tensor) -> tuple[float, int | None]:
-    """Seconds of one iteration, and the bytes that all ranks sent in it."""
-    dist.barrier()
-    before = _bytes_sent()
-    dist.barrier()
-    start = time.perf_counter()
-    _iterate(peer, batch, labels)
-    dist.barrier()
-    elapsed = time.perf_counter() - start
-    after = _bytes_sent()
-    dist.barrier()
-    return elapsed, None if before is None or after is None else after - before
+@dataclass(frozen=True)
+class _Turn:
+    setup: Setup
+    batch: Any
+    iterations: int
+
+    def __call__(self) -> None:
+        for _ in range(self.iterations):
+            self.setup.iterate(self.batch)
+        self.setup.finish()
 
 
-def _iterate(peer: Peer, batch: Tensor, labels: Tensor) -> None:
-    model, optimizer = peer
-    nn.functional.cross_entropy(model(batch), labels).backward()
-    if optimizer is None:
-        model.zero_grad()
-    else:
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def _model(widths: tuple[int, ...]) -> nn.Sequential:
-    """A perceptron, equal on every rank."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(widths):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def _bytes_sent() -> int | None:
-    """By all processes of this machine to each other, since it started."""
-    return int(LOOPBACK.read_text()) if LOOPBACK.exists() else None
+def _room(task: Task) -> int:
+    """How many peers this machine's memory takes at once. Collective."""
+    needed = PEER_BYTES * numel(task) * dist.get_world_size()
+    room = [max(3, int(0.8 * ranks.available_bytes() / needed))]
+    dist.broadcast_object_list(room, src=0)
+    return room[0]

@@ -1,45 +1,48 @@
-"""What the benchmarks found: tables, the markdown report and the picture."""
+"""What the benchmarks found, as tables, and the markdown report with its summary."""
 
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
-OURS, THEIRS, YARDSTICK = "#d1495b", "#30638e", "#b8bcc2"
+REFERENCE = "ShardedAdadelta"
+"""The peer that all ratios refer to: ours with its defaults."""
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One peer's repetitions.
+class Row:
+    """One peer's values.
 
     Args:
         peer: its name.
-        seconds: one for each repetition; peers of a table alternate, so that the i-th
-            of one was taken next to the i-th of another.
-        ours: whether it is this package.
-        yardstick: whether it is no optimizer, but a bound to compare with.
+        values: one a turn, or one a rank.
+        beside: the reference's, taken next to each of them.
+        role: "ours", "theirs" or "yardstick".
         extra: further columns, by heading.
     """
 
     peer: str
-    seconds: Sequence[float]
-    ours: bool = False
-    yardstick: bool = False
-    extra: dict[str, str] = field(default_factory=dict)
+    values: Sequence[float]
+    beside: Sequence[float]
+    role: str = "theirs"
+    extra: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.values)
 
     @property
-    def colour(self) -> str:
-        return OURS if self.ours else YARDSTICK if self.yardstick else THEIRS
+    def ratio(self) -> float:
+        """The median of its values over the reference's: above 1 the reference needs less."""
+        return statistics.median(
+            mine / max(theirs, 1e-9) for mine, theirs in zip(self.values, self.beside, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -48,127 +51,155 @@ class Table:
 
     Args:
         title: the setting.
+        short: the same as the heading of a column of the summary.
         note: how to read it.
-        timings: one for each peer.
-        baseline: the peer that ratios refer to.
+        rows: one for each peer.
+        unit: of the values.
         skipped: why, by peer.
     """
 
     title: str
+    short: str
     note: str
-    timings: Sequence[Timing]
-    baseline: str
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def ratio(self, timing: Timing) -> float:
-        """Median over the repetitions of this peer's time divided by the baseline's."""
-        base = next(other for other in self.timings if other.peer == self.baseline)
-        pairs = zip(timing.seconds, base.seconds, strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
+    rows: Sequence[Row]
+    unit: str = "ms"
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        extras = list(dict.fromkeys(key for timing in self.timings for key in timing.extra))
-        head = ["peer", "median ms", "min .. max ms", "ratio", *extras]
-        rows = [head, ["---", *["---:"] * (len(head) - 1)]]
-        for timing in self.timings:
-            low, high = min(timing.seconds), max(timing.seconds)
-            rows.append(
-                [
-                    timing.peer,
-                    _ms(timing.median),
-                    f"{_ms(low)} .. {_ms(high)}",
-                    f"{self.ratio(timing):.2f}",
-                    *(timing.extra.get(key, "") for key in extras),
-                ]
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        cells = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
-        lines = [f"| {' | '.join(row)} |" for row in cells]
-        skips = [f"\nSkipped: {peer}: {reason}" for peer, reason in self.skipped.items()]
-        return "\n".join([f"### {self.title}", "", self.note, "", *lines, *skips])
+        extras = list(dict.fromkeys(key for row in self.rows for key in row.extra))
+        head = ["peer", f"median {self.unit}", f"min .. max {self.unit}", "ratio", *extras]
+        cells = [
+            [
+                row.peer,
+                rounded(row.median),
+                f"{rounded(min(row.values))} .. {rounded(max(row.values))}",
+                f"{row.ratio:.2f}",
+                *(row.extra.get(key, "") for key in extras),
+            ]
+            for row in self.rows
+        ]
+        skips = [f"\nSkipped: {peer}: {reason}." for peer, reason in self.skipped.items()]
+        rows = [self.note, "", grid(head, cells)] if cells else []
+        return "\n".join([f"### {self.title}", "", *rows, *skips])
 
 
-def report(tables: Sequence[Table], date: str, command: str) -> str:
-    """The markdown file: where it was measured, then the tables."""
-    facts = [
-        f"# Benchmarks, {date}",
-        "",
-        f"- Command: `{command}`",
-        f"- Machine: {_cpu_model()}, {os.cpu_count()} cores, "
-        f"load average of the last minute {os.getloadavg()[0]:.1f}",
-        f"- Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{platform.system()} {platform.machine()}",
-        f"- Commit: {_commit()}",
-        "",
-        "Peers alternate in each repetition. A ratio is a peer's time divided by that of the",
-        "baseline in the same repetition, as the median over the repetitions: below 1 is less",
-        "time than the baseline, above 1 is more.",
-        "",
-        f"![bars]({date}.png)",
+@dataclass(frozen=True)
+class Growth:
+    """How milliseconds grow with something.
+
+    Args:
+        title, note: as of a `Table`.
+        label: what grows.
+        lines: by peer, the median for each size that was measured.
+        roles: by peer.
+    """
+
+    title: str
+    note: str
+    label: str
+    lines: Mapping[str, Mapping[int, float]]
+    roles: Mapping[str, str]
+
+    def markdown(self) -> str:
+        sizes = sorted({size for line in self.lines.values() for size in line})
+        cells = [
+            [peer, *(rounded(line[size]) if size in line else "" for size in sizes)]
+            for peer, line in self.lines.items()
+        ]
+        head = [f"ms, by {self.label}", *(f"{size:,}" for size in sizes)]
+        return "\n".join([f"### {self.title}", "", self.note, "", grid(head, cells)])
+
+
+Section = Sequence[Table | Growth]
+
+
+def report(
+    sections: Mapping[str, Section],
+    pictures: Mapping[str, Sequence[str]],
+    settings: str,
+    facts: str,
+) -> str:
+    """The markdown file: summary, where it was measured, who took part, and the tables.
+
+    Args:
+        sections: by name.
+        pictures: files of each section, next to the report.
+        settings, facts: lists in markdown.
+    """
+    parts = [
+        "## Summary",
+        f"Each number is what a peer needs divided by what `{REFERENCE}` with its defaults needs "
+        "next to it, as the median over the turns: above 1 ours needs less, below 1 ours needs "
+        "more.",
+        *filter(None, (_summary(name, section) for name, section in sections.items())),
+        "## Where and how",
+        facts,
+        "Peers take turns, each time in another order. Ratios are to the reference in the same "
+        "turn, as the median over the turns.",
+        "### Peers",
+        settings,
     ]
-    return "\n".join(facts) + "\n\n" + "\n\n".join(table.markdown() for table in tables) + "\n"
+    for name, section in sections.items():
+        parts += [f"## {name}"]
+        parts += [f"![{name}]({file})" for file in pictures[name]]
+        parts += [part.markdown() for part in section]
+    return "\n\n".join(parts) + "\n"
 
 
-def picture(tables: Sequence[Table], path: Path) -> None:
-    """Bars of the medians with min .. max, and the ratio behind each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [[i, i + 1] for i in range(0, len(tables) - 1, 2)]
-    if len(tables) % 2:
-        rows.append([len(tables) - 1] * 2)
-    heights = [1 + max(len(tables[i].timings) for i in row) for row in rows]
-    figure, axes = plt.subplot_mosaic(
-        rows,  # type: ignore[arg-type]
-        figsize=(16, 0.42 * sum(heights) + 0.6 * len(rows) + 0.5),
-        height_ratios=heights,
-        layout="constrained",
+def _summary(name: str, section: Section) -> str:
+    """Ratios by peer and table."""
+    tables = [part for part in section if isinstance(part, Table) and part.rows]
+    if not tables:
+        return ""
+    ratios: dict[str, dict[str, str]] = {}
+    order = {"theirs": 0, "yardstick": 1, "ours": 2}
+    rows = sorted((row for table in tables for row in table.rows), key=lambda r: order[r.role])
+    for row in rows:
+        ratios.setdefault(row.peer, {})
+    for table in tables:
+        for row in table.rows:
+            ratios[row.peer][table.short] = f"{row.ratio:.2f}"
+    ratios.pop(REFERENCE, None)
+    head = [f"{name}: ratio", *(table.short for table in tables)]
+    return grid(
+        head, [[peer, *(found.get(h, "") for h in head[1:])] for peer, found in ratios.items()]
     )
-    for i, table in enumerate(tables):
-        _draw(axes[i], table)  # type: ignore[index]
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)  # type: ignore[union-attr]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (OURS, THEIRS, YARDSTICK)]
-    names = ["adadelta-dist", "torch", "yardstick"]
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150, facecolor="white")
-    plt.close(figure)
 
 
-def _draw(axes: Any, table: Table) -> None:
-    timings = table.timings[::-1]
-    medians = [timing.median * 1e3 for timing in timings]
-    spread = [
-        [(timing.median - min(timing.seconds)) * 1e3 for timing in timings],
-        [(max(timing.seconds) - timing.median) * 1e3 for timing in timings],
+def grid(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in markdown."""
+    rows = [list(head), ["---", *["---:"] * (len(head) - 1)], *(list(row) for row in cells)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))} |"
+        for row in rows
+    )
+
+
+def rounded(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def facts(command: str) -> str:
+    """Hardware, versions, commit and command."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("numpy", "deepspeed"))
+    lines = [
+        f"Command: `{command}`",
+        f"Machine: {_cpu_model()}, {os.cpu_count()} cores, {memory:.0f} GiB, "
+        f"load average of the last minute {os.getloadavg()[0]:.1f} at the start",
+        f"Python {platform.python_version()}, torch {torch.__version__}, {versions}, "
+        f"{platform.system()} {platform.release()} {platform.machine()}",
+        f"Commit: {_commit()}",
     ]
-    right = max(max(timing.seconds) for timing in timings) * 1e3
-    bars = axes.barh(
-        [timing.peer for timing in timings],
-        medians,
-        color=[timing.colour for timing in timings],
-        height=0.68,
-        xerr=spread,
-        error_kw={"ecolor": "#33333380", "elinewidth": 1, "capsize": 2},
-    )
-    for timing, bar in zip(timings, bars, strict=True):
-        y = bar.get_y() + bar.get_height() / 2
-        label = f"{_ms(timing.median)} ms   ratio {table.ratio(timing):.2f}"
-        weight = "bold" if timing.ours else "normal"
-        axes.text(max(timing.seconds) * 1e3 + right * 0.015, y, label, va="center", weight=weight)
-    base = next(timing for timing in timings if timing.peer == table.baseline)
-    axes.axvline(base.median * 1e3, color=THEIRS, linestyle=":", linewidth=1, zorder=0)
-    axes.set_title(table.title, loc="left", fontsize=11, weight="bold")
-    axes.set_xlim(0, right * 1.3)
-    axes.set_xlabel(f"ms; ratio to {table.baseline}", color="#555555")
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    return "\n".join(f"- {line}" for line in lines)
 
 
-def _ms(seconds: float) -> str:
-    ms = seconds * 1e3
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _cpu_model() -> str:

@@ -1,116 +1,182 @@
-"""One optimizer step in one process and one thread: what the step itself costs.
+"""One optimizer step in one process: what the step itself costs.
 
 Gradients come from a real backward before the first step, so that they lie where each
-optimizer wants them, and stay the same from then on. Making them is not timed.
+optimizer wants them, and stay the same from then on. Making them is not timed. Each setting
+has a process of its own, for compiled kernels keep the number of threads that they were made
+with.
 """
 
-import gc
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from adadelta_dist import Adadelta, ShardedAdadelta
 
-from .report import Table, Timing
+from . import ranks
+from .report import REFERENCE, Row, Table
 
 STEP_BYTES = 28
 """Of an fp32 element: parameter, gradient and two accumulators read, all but one written."""
 
-TORCH = ("torch.optim.Adadelta, foreach=False", "torch.optim.Adadelta, foreach=True")
+PEER_BYTES = 28
+"""Of an element: those four, and as much as three temporaries that torch's foreach makes."""
+
+LOOP, FOREACH = (f"torch.optim.Adadelta, foreach={foreach}" for foreach in (False, True))
+DROP_IN = "adadelta_dist.Adadelta"
+COMPILED = "torch.optim.Adadelta, torch.compile"
 COPY = f"copy, {STEP_BYTES} bytes per element"
 IN_PLACE = f"multiply in place, {STEP_BYTES} bytes per element"
+MOST_COMPILED = 100
+"""Parameters; torch.compile writes code for each, and for 1,000 was not done in minutes."""
+
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class Plan:
     """What to measure.
 
     Args:
         numel: elements of all parameters together.
-        counts: into how many parameters they are split.
-        warmup, repetitions: steps of each peer.
+        count: into how many parameters they are split.
+        threads: of the process.
+        turns: of each peer.
+        steps: of a turn.
     """
 
     numel: int = 32_000_000
-    counts: tuple[int, ...] = (10, 100, 1_000, 10_000)
-    warmup: int = 2
-    repetitions: int = 15
+    count: int = 10
+    threads: int = 1
+    turns: int = 11
+    steps: int = 1
 
 
-QUICK = StepPlan(numel=2**16, counts=(4, 64), warmup=1, repetitions=3)
+PLANS = [
+    Plan(1_000_000, turns=51),
+    *(Plan(count=count) for count in (10, 100, 1_000, 10_000)),
+    *(Plan(count=count, threads=2) for count in (10, 1_000)),
+    Plan(256_000_000, turns=3),
+]
+QUICK = [Plan(2**16, 4, turns=3), Plan(2**16, 200, turns=3)]
 
 
-def measure(plan: StepPlan) -> list[Table]:
-    """A table for each count of parameters."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        steps = len(plan.counts) * (plan.warmup + plan.repetitions)
-        with tqdm(total=steps, desc="step", unit="repetition") as bar:
-            return [_table(plan, count, bar) for count in plan.counts]
-    finally:
-        torch.set_num_threads(threads)
+def compiled(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """As torch's documentation compiles an optimizer: the step as a whole."""
+    optimizer = torch.optim.Adadelta(params, foreach=False)
+    optimizer.step = torch.compile(optimizer.step, fullgraph=False)  # type: ignore[method-assign]
+    return optimizer
 
 
-def _table(plan: StepPlan, count: int, bar: "tqdm[None]") -> Table:
-    peers = _peers(plan.numel, count)
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    order = list(peers)
-    for repetition in range(plan.warmup + plan.repetitions):
-        for name in order:
-            start = time.perf_counter()
-            peers[name]()
-            elapsed = time.perf_counter() - start
-            if repetition >= plan.warmup:
-                seconds[name].append(elapsed)
-        order.append(order.pop(0))  # no peer always runs behind the same one
-        bar.update()
-    del peers
-    gc.collect()
-    timings = [
-        Timing(name, times, ours="adadelta_dist" in name, yardstick=name in (COPY, IN_PLACE))
-        for name, times in seconds.items()
+OPTIMIZERS: Mapping[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    REFERENCE: ShardedAdadelta,
+    f"{REFERENCE}, fused=False": partial(ShardedAdadelta, fused=False),
+    DROP_IN: Adadelta,
+    f"{DROP_IN}, fused=False": partial(Adadelta, fused=False),
+    LOOP: partial(torch.optim.Adadelta, foreach=False),
+    FOREACH: partial(torch.optim.Adadelta, foreach=True),
+    COMPILED: compiled,
+}
+
+
+def role(name: str) -> str:
+    if name in (COPY, IN_PLACE):
+        return "yardstick"
+    return "theirs" if name.startswith("torch") else "ours"
+
+
+def measure(quick: bool) -> list[Table]:
+    """A table for each plan."""
+    plans = QUICK if quick else PLANS
+    return [_table(plan) for plan in tqdm(plans, "step", unit="table", leave=False)]
+
+
+def _table(plan: Plan) -> Table:
+    threads = f"{plan.threads} thread{'s' * (plan.threads > 1)}"
+    size = f"{plan.numel / 1e6:.3g} M"
+    short = f"{size}, {plan.count:,} tensors, {threads}"
+    title = f"step: {size} elements, {plan.count:,} parameters, {threads}"
+    names, skipped = [*OPTIMIZERS, COPY, IN_PLACE], {}
+    if plan.count > MOST_COMPILED:
+        names.remove(COMPILED)
+        skipped[COMPILED] = "it writes code for each parameter, which takes minutes"
+    room = _room(plan)
+    if room < 2:
+        needed = 2 * PEER_BYTES * plan.numel / 2**30
+        return Table(title, short, "", [], skipped={"all": f"it takes {needed:.0f} GiB of memory"})
+    found = ranks.run(1, take_turns, plan, names, short, threads=plan.threads)
+    rows = [Row(name, mine, beside, role(name)) for name, (mine, beside) in found.items()]
+    copy = next(row for row in rows if row.peer == COPY)
+    rows = [
+        replace(row, extra={"share of copy's bandwidth": f"{copy.ratio / row.ratio:.0%}"})
+        for row in rows
     ]
-    baseline = min((t for t in timings if t.peer in TORCH), key=lambda timing: timing.median)
-    size = f"{plan.numel / 1e6:.3g} M elements"
-    return Table(
-        f"step: {count:,} parameters, {size}",
-        f"One step, fp32, 1 process, 1 thread, {plan.repetitions} repetitions. Ratio to the "
-        f"faster of the two torch paths, here {baseline.peer}.",
-        timings,
-        baseline.peer,
-    )
+    sets = "all peers at once" if room >= len(rows) else f"{room} peers in memory at a time"
+    note = f"One step, fp32, 1 process of {threads}, {plan.turns} turns, {sets}."
+    return Table(title, short, note, rows, skipped=skipped)
 
 
-def _peers(numel: int, count: int) -> dict[str, Callable[[], object]]:
-    """What to run once a repetition, by name; each peer has parameters of its own."""
-    coefficients = torch.randn(numel, generator=torch.Generator().manual_seed(0))
-    parts = coefficients.split(numel // count)
-    loop, foreach = TORCH
-    optimizers: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-        loop: lambda params: torch.optim.Adadelta(params, foreach=False),
-        foreach: lambda params: torch.optim.Adadelta(params, foreach=True),
-        "adadelta_dist.Adadelta": Adadelta,
-        "adadelta_dist.ShardedAdadelta": ShardedAdadelta,
-    }
-    steps = {name: _step_of(make, parts) for name, make in optimizers.items()}
-    # Both read and write: 8 bytes an element of theirs. A processor may fetch what a copy
-    # overwrites, which it never reads; in place, as in a step, there is nothing more to fetch.
-    source = torch.ones(numel * STEP_BYTES // 8)
-    target = torch.ones_like(source)
-    return {**steps, COPY: lambda: target.copy_(source), IN_PLACE: lambda: target.mul_(1.0)}
+def _room(plan: Plan) -> int:
+    """How many peers this machine's memory takes at once."""
+    return int(0.8 * ranks.available_bytes() / (PEER_BYTES * plan.numel))
 
 
-def _step_of(
-    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], parts: tuple[Tensor, ...]
-) -> Callable[[], object]:
+def take_turns(
+    plan: Plan, names: Sequence[str], title: str
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Milliseconds a step by peer, and the reference's beside it."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for together in ranks.in_sets(names, REFERENCE, _room(plan)):
+        calls = {name: _Turn(_make(name, plan), plan.steps) for name in together}
+        for call in calls.values():
+            call()
+            call()
+        taken = ranks.alternate(calls, plan.turns, title)
+        ms = {n: [1e3 * s / plan.steps for s in turns.seconds] for n, turns in taken.items()}
+        for name in together:
+            found.setdefault(name, (ms[name], ms[REFERENCE]))
+        del calls, call
+        ranks.release_memory()
+    return found
+
+
+@dataclass(frozen=True)
+class _Turn:
+    step: Step
+    steps: int
+
+    def __call__(self) -> None:
+        for _ in range(self.steps):
+            self.step()
+
+
+def _make(name: str, plan: Plan) -> Step:
+    if name in (COPY, IN_PLACE):
+        return (_copy if name == COPY else _in_place)(plan.numel)
+    return step_of(OPTIMIZERS[name], plan.numel, plan.count)
+
+
+def step_of(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], numel: int, count: int
+) -> Step:
     """The step of a new optimizer over new parameters that have their gradients."""
-    params = [nn.Parameter(part.clone()) for part in parts]
+    coefficients = torch.randn(numel // count, generator=torch.Generator().manual_seed(0))
+    params = [nn.Parameter(coefficients.clone()) for _ in range(count)]
     optimizer = make(params)
-    losses = [(p * part).sum() for p, part in zip(params, parts, strict=True)]
-    torch.autograd.backward(losses)
+    for param in params:
+        (param * coefficients).sum().backward()
     return optimizer.step
+
+
+# Both read and write: 8 bytes an element of theirs. A processor may fetch what a copy
+# overwrites, which it never reads; in place, as in a step, there is nothing more to fetch.
+def _copy(numel: int) -> Step:
+    source = torch.ones(numel * STEP_BYTES // 8)
+    return partial(torch.ones_like(source).copy_, source)
+
+
+def _in_place(numel: int) -> Step:
+    return partial(torch.ones(numel * STEP_BYTES // 8).mul_, 1.0)

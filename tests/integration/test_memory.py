@@ -1,26 +1,38 @@
-"""Peak memory of both stages is what the formula of docs/design.md says."""
+"""Memory of both stages, at its peak and between iterations, is what docs/design.md says."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+from adadelta_dist import ShardPolicy
+from benchmarks import memory, ranks
+from benchmarks.peers import Peer, sharded
+from benchmarks.tasks import Perceptron, numel
+
+LARGE = Perceptron((1000,) * 31, batch=2)
 
 
-def test_peak_memory_is_the_formulas():
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command = [*launcher, "2", "-m", "benchmarks.memory", "--layers", "30"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
-    )
-    peaks = []
-    for line in re.findall(r"^stage .*$", finished.stdout, re.M):
-        *ranks, wanted = map(float, re.findall(r"(\d+)(?=,| MB)", line.partition(":")[2]))
-        assert len(ranks) == 2
-        for measured in ranks:
-            assert abs(measured / wanted - 1) < 0.05, line
-        peaks.append(max(ranks))
-    assert peaks[1] < 0.85 * peaks[0]
+@pytest.fixture(scope="module")
+def used():
+    """By stage, each rank's bytes with 30 M parameters."""
+    stages = {
+        stage: Peer("eager", partial(sharded, ShardPolicy(stage=stage), fused=False))
+        for stage in (1, 2)
+    }
+    return {stage: ranks.run(2, memory.usage, peer, LARGE) for stage, peer in stages.items()}
+
+
+def test_peak_memory_is_the_formulas(used):
+    for stage in (1, 2):
+        wanted = memory.formula(LARGE, stage, 2)
+        for rank in used[stage]:
+            assert rank.resident == pytest.approx(wanted, rel=0.05)
+    assert max(rank.resident for rank in used[2]) < 0.85 * min(r.resident for r in used[1])
+
+
+def test_tensors_between_iterations_are_parameters_gradients_and_shards(used):
+    params = 4 * numel(LARGE)
+    for rank in used[1]:
+        assert rank.between == pytest.approx(2 * params + 3 * params / 2, rel=0.02)
+    for rank in used[2]:
+        assert rank.between == pytest.approx(params + 3 * params / 2, rel=0.02)
