@@ -9,6 +9,8 @@ and lets `p.grad` be a view there.
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from itertools import repeat
+from operator import is_, is_not
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from . import collectives, fingerprint
 from .collectives import Pending
 from .groups import Group
 from .layout import Bucket, Interval, ParamSpec, plan_layout, storage_order
-from .memory import flatten, unflatten
+from .memory import Places, flatten, unflatten
 from .policy import ShardPolicy
 from .precision import precision_of
 
@@ -71,10 +73,13 @@ class FlatBucket:
         self.expected = 0
         self._param_views = self.views_of(self.flat_param)
         self._places = [] if self.flat_grad is None else self.views_of(self.flat_grad)
+        self._param_places, self._grad_places = Places(self._param_views), Places(self._places)
         self._lent: list[Tensor | None] = [None] * len(params)
         self._is_zero = [True] * len(params)
         self._seen: list[Tensor | None] = []
         self._seen_versions: list[int] = []
+        self._in_place = False  # all that was seen, in flat memory
+        self._had_gradients = [False] * len(params)
         self._is_local = False  # `grad_shard` holds what the replicas have not seen
         self._version = -1
         self._checksum: Tensor | None = None
@@ -113,8 +118,8 @@ class FlatBucket:
         Raises:
             RuntimeError: a parameter has another shape, dtype or device by now.
         """
-        if all(map(Tensor.is_set_to, self.params, self._param_views)):
-            return
+        if self._param_places.hold(self.params):
+            return  # the common case, and a slow loop otherwise
         for name, p, view in zip(self.names, self.params, self._param_views, strict=True):
             if p.is_set_to(view):
                 continue
@@ -150,8 +155,8 @@ class FlatBucket:
         """
         self._wait_for_shard()
         self._seen = [p.grad for p in self.params]
-        if self._places and all(map(_is_set_to, self._seen, self._places)):
-            self._seen_versions = [-1] * len(self._seen)
+        self._in_place = self._are_in_place(self._seen)
+        if self._in_place:
             self._is_zero = [False] * len(self._seen)
         else:
             self._seen_versions = [self._collect(i, grad) for i, grad in enumerate(self._seen)]
@@ -170,8 +175,8 @@ class FlatBucket:
         return collectives.reduce_scatter(self.group, flat, average)
 
     def has_gradients(self) -> list[bool]:
-        """By slot, whether this rank has a gradient."""
-        return [p.grad is not None and p.grad.layout == torch.strided for p in self.params]
+        """By slot, whether this rank had a gradient at the last `check_grads`."""
+        return self._had_gradients
 
     def expect(self) -> None:
         """Count the gradients that this backward can make (parameters may freeze and thaw)."""
@@ -202,17 +207,15 @@ class FlatBucket:
         flat = self.flat_grad
         if flat is not None and flat._version != self._version:
             return False
-        for i, (p, seen) in enumerate(zip(self.params, self._seen, strict=True)):
-            grad, version = p.grad, self._seen_versions[i]
-            if grad is None or seen is None:
-                same = grad is seen
-            elif version < 0:
-                same = _is_set_to(grad, self._places[i])
-            else:
-                same = grad is seen and grad._version == version
-            if not same:
-                return False
-        return flat is None or self._checksum is None or bool(self._checksum == _checksum(flat))
+        grads = [p.grad for p in self.params]
+        same = (
+            self._are_in_place(grads)
+            if self._in_place
+            else all(map(self._is_as_seen, range(len(grads)), grads))
+        )
+        if not same or flat is None or self._checksum is None:
+            return same
+        return bool(self._checksum == _checksum(flat))
 
     def reset(self) -> None:
         """Begin a new iteration."""
@@ -221,10 +224,28 @@ class FlatBucket:
         self._seen, self._seen_versions = [], []
 
     def check_grads(self) -> None:
-        """Raise torch's error if a gradient is sparse."""
-        for p in self.params:
-            if p.grad is not None and p.grad.layout != torch.strided:
-                raise RuntimeError("Adadelta does not support sparse gradients")
+        """Take note which gradients are here; raise torch's error if one is sparse."""
+        grads = [p.grad for p in self.params]
+        self._had_gradients = [grad is not None for grad in grads]
+        if all(map(is_, grads, self._lent)):
+            return  # the common case: they are dense as we made them
+        if any(grad is not None and grad.layout != torch.strided for grad in grads):
+            raise RuntimeError("Adadelta does not support sparse gradients")
+
+    def _are_in_place(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether there is a gradient for every slot, and all are in flat memory."""
+        if all(map(is_, grads, self._lent)) and all(map(is_not, grads, repeat(None))):
+            return self._grad_places.hold(grads)  # type: ignore[arg-type]
+        return bool(self._places) and all(map(_is_set_to, grads, self._places))
+
+    def _is_as_seen(self, i: int, grad: Tensor | None) -> bool:
+        """Whether the gradient of slot `i` is still what was launched."""
+        seen, version = self._seen[i], self._seen_versions[i]
+        if grad is None or seen is None:
+            return grad is seen
+        if version < 0:
+            return _is_set_to(grad, self._places[i])
+        return grad is seen and grad._version == version
 
     def _collect(self, i: int, grad: Tensor | None) -> int:
         """Put one gradient, or zeros, in its place.

@@ -36,7 +36,10 @@ def step_(
             continue
         for piece in _pieces(run, bucket.own_param.device):
             _step_rounded_(shard, piece, group, fused, inverse_scale)
-    shard.steps.add_(torch.tensor(bucket.present, dtype=shard.steps.dtype).to(shard.steps.device))
+    if all(bucket.present):
+        shard.steps.add_(1)
+    else:
+        shard.steps.add_(torch.tensor(bucket.present, device=shard.steps.device))
 
 
 def _step_rounded_(

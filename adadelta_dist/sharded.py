@@ -169,7 +169,7 @@ class ShardedAdadelta(ShardedGradients):
         self._shards = []
         self._params: list[list[Tensor]] = []
         self._reducer = (
-            GradientReducer(group, overlap=policy.overlap)
+            GradientReducer(group, overlap=policy.overlap and group.world_size > 1)
             if policy.stage == 1
             else ShardingReducer(group)
         )
