@@ -9,6 +9,9 @@ and lets `p.grad` be a view there.
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from functools import partial
 from itertools import repeat
 from operator import is_, is_not
 from typing import Any
@@ -19,10 +22,13 @@ from torch import Tensor
 from . import collectives, fingerprint
 from .collectives import Pending
 from .groups import Group
+from .in_order import InOrder
 from .layout import Bucket, Interval, ParamSpec, plan_layout, storage_order
 from .memory import Places, flatten, unflatten
 from .policy import ShardPolicy
 from .precision import precision_of
+
+_FOREVER = timedelta(days=365)
 
 
 class FlatBucket:
@@ -42,6 +48,7 @@ class FlatBucket:
         grad_shard: [shard_numel], the averaged gradients that this rank owns; float32 where
             parameters are half precision, but with one rank, where it is `flat_grad`.
         present: by slot, whether any rank had a gradient at the last reduction.
+        finishing: where reductions are finished, in order with those of other buckets.
     """
 
     def __init__(
@@ -83,6 +90,12 @@ class FlatBucket:
         self._is_local = False  # `grad_shard` holds what the replicas have not seen
         self._version = -1
         self._checksum: Tensor | None = None
+        blocks = group.is_pairwise(self.flat_param.device)
+        self._in_thread = blocks and group.world_size > 1
+        self.finishing = InOrder(in_thread=self._in_thread)
+        dtypes = {self.precision.reduce, self.grad_shard.dtype, self.flat_param.dtype}
+        self._needs_room = self._in_thread and (group.world_size > 2 or len(dtypes) > 1)
+        self._done: Future[None] | None = None
         self._pending: list[Pending] = []
         weakref.finalize(self, _abandon, self._pending).atexit = False
         for param, view in zip(self.params, self._param_views, strict=True):
@@ -164,7 +177,12 @@ class FlatBucket:
         flat = self.flat_grad
         if flat is not None:
             self._checksum = _checksum(flat) if in_backward else None
-            self._pending.append(self.start_reduction(flat, self.grad_shard))
+            if self._needs_room:  # for what is sent or received, so one bucket after the other
+                self._is_local = True
+                facts = self.group, flat, self.precision.reduce, self.grad_shard, self.timeout
+                self._done = self.finishing.submit(partial(_reduce, *facts))
+            else:
+                self._pending.append(self.start_reduction(flat, self.grad_shard))
             self._version = flat._version
 
     def start_reduction(self, flat: Tensor, average: Tensor) -> Pending:
@@ -173,6 +191,15 @@ class FlatBucket:
         if self.group.world_size > 1:
             flat = flat.to(self.precision.reduce)  # itself where that is its dtype
         return collectives.reduce_scatter(self.group, flat, average)
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """How long to wait for what arrives.
+
+        Nobody may ever answer what a dropped optimizer has sent. Were the thread to give up on
+        it, gloo would close the connections of the whole process group.
+        """
+        return _FOREVER if self._in_thread else None
 
     def has_gradients(self) -> list[bool]:
         """By slot, whether this rank had a gradient at the last `check_grads`."""
@@ -197,6 +224,9 @@ class FlatBucket:
         """Return when `grad_shard` holds the average over the ranks of this replica."""
         while self._pending:
             self._pending.pop().wait()
+        done, self._done = self._done, None
+        if done is not None:
+            self.finishing.wait(done)
 
     def gather(self) -> Pending:
         """Start giving every rank the parameters that the others own. Collective."""
@@ -288,6 +318,13 @@ class FlatBucket:
     def _zeros(self, numel: int, dtype: torch.dtype | None = None) -> Tensor:
         first = self.params[0]
         return torch.zeros(numel, dtype=dtype or first.dtype.to_real(), device=first.device)
+
+
+def _reduce(
+    group: Group, flat: Tensor, dtype: torch.dtype, shard: Tensor, timeout: timedelta | None
+) -> None:
+    """Average the gradients `flat` into a shard, and return when it is there. Collective."""
+    collectives.reduce_scatter(group, flat.to(dtype), shard).wait(timeout)
 
 
 def _is_set_to(grad: Tensor | None, place: Tensor) -> bool:

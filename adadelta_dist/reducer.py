@@ -49,6 +49,8 @@ class GradientReducer:
             if bucket.is_hooked:
                 self._unhooked.extend((b, i, p) for i, p in enumerate(bucket.params))
         self.buckets.extend(buckets)
+        for bucket in buckets:  # one thread: what arrives first is freed first
+            bucket.finishing = self.buckets[0].finishing
         self._counted = False
         self._hook_params()
 

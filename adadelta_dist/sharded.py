@@ -260,6 +260,7 @@ class ShardedAdadelta(ShardedGradients):
 
     def _step_shards(self, fused: list[bool], inverse_scale: float) -> None:
         """Update what this rank owns, bucket by bucket, and gather the rest. Collective."""
+        stays_open = bool(self._policy.overlap_gather and self._attached)
         for shard in self._shards:
             shard.bucket.wait()
             if any(shard.bucket.present):
@@ -267,7 +268,9 @@ class ShardedAdadelta(ShardedGradients):
                 group = self.param_groups[g]
                 step_(shard, group, fused=fused[g], inverse_scale=inverse_scale)
                 self._gathers.start(shard.bucket)
-        if not (self._policy.overlap_gather and self._attached):
+                if self._policy.gather_dtype is not None and not stays_open:
+                    self._gathers.leave(2)  # each takes memory of its own
+        if not stays_open:
             self.wait()
 
     def _flat_params(self) -> list[list[Tensor]]:

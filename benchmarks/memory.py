@@ -73,9 +73,11 @@ def formula(layers: int, stage: int, ranks: int) -> float:
     gradient = 4 * LAYER**2  # the one that autograd has just made
     bucket = -(-bucket // gradient) * gradient
     shards = 3 * params / ranks  # two accumulators and averaged gradients
+    received = bucket * (ranks - 2) / ranks  # the first of the others' rows needs no room
     if stage == 1:
-        return params + shards + params + params * (ranks - 1) / ranks + gradient
-    return params + shards + 3 * bucket + gradient  # one fills, and one and its copy travel
+        return params + shards + params + received + gradient
+    # One bucket fills, and one travels, with its average.
+    return params + shards + 2 * bucket + received + bucket / ranks + gradient
 
 
 def resident(key: str) -> int:
