@@ -176,7 +176,6 @@ class FlatBucket:
         self.launched, self.accumulating = True, False
         flat = self.flat_grad
         if flat is not None:
-            self._checksum = _checksum(flat) if in_backward else None
             if self._needs_room:  # for what is sent or received, so one bucket after the other
                 self._is_local = True
                 facts = self.group, flat, self.precision.reduce, self.grad_shard, self.timeout
@@ -184,6 +183,7 @@ class FlatBucket:
             else:
                 self._pending.append(self.start_reduction(flat, self.grad_shard))
             self._version = flat._version
+            self._checksum = _checksum(flat) if in_backward else None  # while it travels
 
     def start_reduction(self, flat: Tensor, average: Tensor) -> Pending:
         """Start averaging the gradients `flat` into this rank's shard of them. Collective."""

@@ -79,6 +79,14 @@ def test_a_replaced_storage_is_adopted():
     assert bucket.flat_param[:6].tolist() == [7] * 6
 
 
+def test_a_replaced_vector_is_adopted():
+    bucket, (p,) = bucket_of(torch.zeros(5))
+    home, p.data = p.data_ptr(), torch.ones(5)
+    bucket.reclaim_params()
+    assert p.data_ptr() == home
+    assert p.tolist() == [1] * 5
+
+
 def test_a_parameter_that_sees_its_own_memory_otherwise_is_adopted():
     bucket, (p, _) = bucket_of(torch.arange(4.0).view(2, 2), torch.zeros(3))
     p.data = p.data.t()  # begins where it did
@@ -201,18 +209,19 @@ def test_edits_after_the_launch_are_noticed(edit, taken, averaged):
     assert bucket.is_current() == (edit is None)
 
 
-@pytest.mark.parametrize("other", [torch.clone, torch.t], ids=["elsewhere", "transposed"])
-def test_a_gradient_whose_data_were_replaced_is_noticed(other):
-    bucket, (p, q) = bucket_of(torch.zeros(2, 2), torch.zeros(5))
-    p.grad, q.grad = torch.arange(4.0).view(2, 2), torch.ones(5)
+@pytest.mark.parametrize("shape", [(2, 2), (4,)], ids=["matrix", "vector"])
+@pytest.mark.parametrize("change", [lambda grad: grad + 1, torch.t], ids=["replaced", "transposed"])
+def test_a_gradient_of_other_data_is_noticed(change, shape):
+    bucket, (p, q) = bucket_of(torch.zeros(shape), torch.zeros(5))
+    p.grad, q.grad = torch.arange(4.0).view(shape), torch.ones(5)
     bucket.take(0), bucket.take(1)
     bucket.launch()
     assert bucket.is_current()
-    p.grad.data = other(p.grad.data)  # its identity and version stay
-    assert not bucket.is_current()
-    wanted = p.grad.flatten().tolist()
+    before = p.grad.tolist()
+    p.grad.data = change(p.grad.data)  # its identity and version stay
+    assert bucket.is_current() == (p.grad.tolist() == before)  # a vector is its own transpose
     bucket.launch()
-    assert bucket.grad_shard[8:].tolist() == wanted
+    assert bucket.grad_shard[8:].tolist() == p.grad.flatten().tolist()
 
 
 @pytest.mark.parametrize("averaged", [False, True])
