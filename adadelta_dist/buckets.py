@@ -7,11 +7,7 @@ and lets `p.grad` be a view there.
 """
 
 import sys
-import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from datetime import timedelta
-from functools import partial
 from itertools import repeat
 from operator import is_, is_not
 from typing import Any
@@ -22,13 +18,11 @@ from torch import Tensor
 from . import collectives, fingerprint
 from .collectives import Pending
 from .groups import Group
-from .in_order import InOrder
 from .layout import Bucket, Interval, ParamSpec, plan_layout, storage_order
 from .memory import Places, flatten, unflatten
 from .policy import ShardPolicy
 from .precision import precision_of
-
-_FOREVER = timedelta(days=365)
+from .reduction import Reduction
 
 
 class FlatBucket:
@@ -48,7 +42,7 @@ class FlatBucket:
         grad_shard: [shard_numel], the averaged gradients that this rank owns; float32 where
             parameters are half precision, but with one rank, where it is `flat_grad`.
         present: by slot, whether any rank had a gradient at the last reduction.
-        finishing: where reductions are finished, in order with those of other buckets.
+        reduction: of its gradients.
     """
 
     def __init__(
@@ -90,14 +84,8 @@ class FlatBucket:
         self._is_local = False  # `grad_shard` holds what the replicas have not seen
         self._version = -1
         self._checksum: Tensor | None = None
-        blocks = group.is_pairwise(self.flat_param.device)
-        self._in_thread = blocks and group.world_size > 1
-        self.finishing = InOrder(in_thread=self._in_thread)
-        dtypes = {self.precision.reduce, self.grad_shard.dtype, self.flat_param.dtype}
-        self._needs_room = self._in_thread and (group.world_size > 2 or len(dtypes) > 1)
-        self._done: Future[None] | None = None
-        self._pending: list[Pending] = []
-        weakref.finalize(self, _abandon, self._pending).atexit = False
+        wire = self.precision.reduce
+        self.reduction = Reduction(group, wire, self.flat_param, self.grad_shard)
         for param, view in zip(self.params, self._param_views, strict=True):
             view.copy_(param.detach())
             param.data = view
@@ -166,7 +154,7 @@ class FlatBucket:
             in_backward: the user may still change gradients before the step, perhaps through
                 `.data` or numpy, which no version counter sees: keep a checksum.
         """
-        self._wait_for_shard()
+        self.reduction.wait()
         self._seen = [p.grad for p in self.params]
         self._in_place = self._are_in_place(self._seen)
         if self._in_place:
@@ -176,30 +164,10 @@ class FlatBucket:
         self.launched, self.accumulating = True, False
         flat = self.flat_grad
         if flat is not None:
-            if self._needs_room:  # for what is sent or received, so one bucket after the other
-                self._is_local = True
-                facts = self.group, flat, self.precision.reduce, self.grad_shard, self.timeout
-                self._done = self.finishing.submit(partial(_reduce, *facts))
-            else:
-                self._pending.append(self.start_reduction(flat, self.grad_shard))
+            self._is_local = True
+            self.reduction.start(flat, self.grad_shard)
             self._version = flat._version
             self._checksum = _checksum(flat) if in_backward else None  # while it travels
-
-    def start_reduction(self, flat: Tensor, average: Tensor) -> Pending:
-        """Start averaging the gradients `flat` into this rank's shard of them. Collective."""
-        self._is_local = True
-        if self.group.world_size > 1:
-            flat = flat.to(self.precision.reduce)  # itself where that is its dtype
-        return collectives.reduce_scatter(self.group, flat, average)
-
-    @property
-    def timeout(self) -> timedelta | None:
-        """How long to wait for what arrives.
-
-        Nobody may ever answer what a dropped optimizer has sent. Were the thread to give up on
-        it, gloo would close the connections of the whole process group.
-        """
-        return _FOREVER if self._in_thread else None
 
     def has_gradients(self) -> list[bool]:
         """By slot, whether this rank had a gradient at the last `check_grads`."""
@@ -215,18 +183,10 @@ class FlatBucket:
 
     def wait(self) -> None:
         """Return when `grad_shard` holds the averaged gradients. Collective with replicas."""
-        self._wait_for_shard()
+        self.reduction.wait()
         if self._is_local:
             self._is_local = False
             collectives.average_replicas(self.group, self.grad_shard)
-
-    def _wait_for_shard(self) -> None:
-        """Return when `grad_shard` holds the average over the ranks of this replica."""
-        while self._pending:
-            self._pending.pop().wait()
-        done, self._done = self._done, None
-        if done is not None:
-            self.finishing.wait(done)
 
     def gather(self) -> Pending:
         """Start giving every rank the parameters that the others own. Collective."""
@@ -320,13 +280,6 @@ class FlatBucket:
         return torch.zeros(numel, dtype=dtype or first.dtype.to_real(), device=first.device)
 
 
-def _reduce(
-    group: Group, flat: Tensor, dtype: torch.dtype, shard: Tensor, timeout: timedelta | None
-) -> None:
-    """Average the gradients `flat` into a shard, and return when it is there. Collective."""
-    collectives.reduce_scatter(group, flat.to(dtype), shard).wait(timeout)
-
-
 def _is_set_to(grad: Tensor | None, place: Tensor) -> bool:
     return grad is not None and grad.layout == torch.strided and grad.is_set_to(place)
 
@@ -372,11 +325,6 @@ def make_buckets(
         of_bucket = [params[i] for i in indices], [names[i] for i in indices]
         buckets.append(kind(plan, group, *of_bucket, policy))
     return buckets
-
-
-def _abandon(pending: Sequence[Pending]) -> None:
-    for reduction in pending:
-        reduction.abandon()
 
 
 def _described(tensor: Tensor) -> str:

@@ -59,19 +59,12 @@ class FreedBucket(FlatBucket):
         flat = self._zeros(self.plan.numel) if self._held is None else self._held
         self._held, self._held_views, self._taken = None, [], self._none()
         self.ready.clear()
-        average = torch.empty_like(self.grad_shard)
-        pending = self.start_reduction(flat, average)
-
-        def accumulate(shard: Tensor = self.grad_shard, timeout: Any = self.timeout) -> None:
-            pending.wait(timeout)
-            shard.add_(average)
-
-        del flat  # `pending` keeps what is sent
-        self._done = self.finishing.submit(accumulate)
+        self._is_local = True
+        self.reduction.start_adding(flat, self.grad_shard)
 
     def is_reduced(self, within_s: float) -> bool:
         """Whether the last reduction is done, or will be within these seconds."""
-        return self._done is None or self.finishing.is_done(self._done, within_s)
+        return self.reduction.is_done(within_s)
 
     def is_dirty(self) -> bool:
         """Whether a gradient is here that was not sent."""
@@ -86,7 +79,7 @@ class FreedBucket(FlatBucket):
         self._held, self._held_views, self._taken = None, [], self._none()
         self.has_gradient = self._none()
         self._is_local = False
-        self._done = self.finishing.submit(self.grad_shard.zero_)  # type: ignore[arg-type]
+        self.reduction.empty(self.grad_shard)
 
     def reset(self) -> None:
         super().reset()

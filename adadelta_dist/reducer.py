@@ -50,7 +50,7 @@ class GradientReducer:
                 self._unhooked.extend((b, i, p) for i, p in enumerate(bucket.params))
         self.buckets.extend(buckets)
         for bucket in buckets:  # one thread: what arrives first is freed first
-            bucket.finishing = self.buckets[0].finishing
+            bucket.reduction.in_order = self.buckets[0].reduction.in_order
         self._counted = False
         self._hook_params()
 
