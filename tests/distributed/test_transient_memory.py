@@ -10,7 +10,7 @@ from torch import nn
 from adadelta_dist import ShardedAdadelta, ShardPolicy
 
 BUCKET_MB = 4
-LAYERS = 32  # of half a bucket each
+LAYERS = 16  # of half a bucket each
 M_MMAP_THRESHOLD = -3
 
 POLICIES = {
@@ -42,7 +42,7 @@ def peaks(rank, policy):
     params = [nn.Parameter(torch.ones(BUCKET_MB * 2**17)) for _ in range(LAYERS)]
     optimizer = ShardedAdadelta(params, fused=False, policy=policy)
     found = []
-    for _ in range(3):
+    for _ in range(2):
         loss = sum((p * (rank + 1.0)).sum() for p in params)
         backward = peak_of(loss.backward)
         if policy.stage == 2:  # what is still on its way was allocated by backward
