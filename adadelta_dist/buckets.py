@@ -7,8 +7,9 @@ and lets `p.grad` be a view there.
 """
 
 import sys
-import weakref
 from collections.abc import Mapping, Sequence
+from itertools import repeat
+from operator import is_, is_not
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from .capture import check_warm
 from .collectives import Pending
 from .groups import Group
 from .layout import Bucket, Interval, ParamSpec, bucket_limit, plan_layout, storage_order
-from .memory import flatten, unflatten
+from .memory import Places, flatten, unflatten
 from .policy import ShardPolicy
 from .precision import precision_of
+from .reduction import Reduction
 
 
 class FlatBucket:
@@ -41,6 +43,7 @@ class FlatBucket:
         grad_shard: [shard_numel], the averaged gradients that this rank owns; float32 where
             parameters are half precision, but with one rank, where it is `flat_grad`.
         present: by slot, whether any rank had a gradient at the last reduction.
+        reduction: of its gradients.
     """
 
     def __init__(
@@ -72,15 +75,18 @@ class FlatBucket:
         self.expected = 0
         self._param_views = self.views_of(self.flat_param)
         self._places = [] if self.flat_grad is None else self.views_of(self.flat_grad)
+        self._param_places, self._grad_places = Places(self._param_views), Places(self._places)
         self._lent: list[Tensor | None] = [None] * len(params)
         self._is_zero = [True] * len(params)
         self._seen: list[Tensor | None] = []
         self._seen_versions: list[int] = []
+        self._in_place = False  # all that was seen, in flat memory
+        self._had_gradients = [False] * len(params)
         self._is_local = False  # `grad_shard` holds what the replicas have not seen
         self._version = -1
         self._checksum: Tensor | None = None
-        self._pending: list[Pending] = []
-        weakref.finalize(self, _abandon, self._pending).atexit = False
+        wire = self.precision.reduce
+        self.reduction = Reduction(group, wire, self.flat_param, self.grad_shard)
         for param, view in zip(self.params, self._param_views, strict=True):
             view.copy_(param.detach())
             param.data = view
@@ -114,8 +120,8 @@ class FlatBucket:
         Raises:
             RuntimeError: a parameter has another shape, dtype or device by now.
         """
-        if all(map(Tensor.is_set_to, self.params, self._param_views)):
-            return
+        if self._param_places.hold(self.params):
+            return  # the common case, and a slow loop otherwise
         for name, p, view in zip(self.names, self.params, self._param_views, strict=True):
             if p.is_set_to(view):
                 continue
@@ -150,30 +156,24 @@ class FlatBucket:
             in_backward: the user may still change gradients before the step, perhaps through
                 `.data` or numpy, which no version counter sees: keep a checksum.
         """
-        self._wait_for_shard()
+        self.reduction.wait()
         self._seen = [p.grad for p in self.params]
-        if self._places and all(map(_is_set_to, self._seen, self._places)):
-            self._seen_versions = [-1] * len(self._seen)
+        self._in_place = self._are_in_place(self._seen)
+        if self._in_place:
             self._is_zero = [False] * len(self._seen)
         else:
             self._seen_versions = [self._collect(i, grad) for i, grad in enumerate(self._seen)]
         self.launched, self.accumulating = True, False
         flat = self.flat_grad
         if flat is not None:
-            self._checksum = _checksum(flat) if in_backward else None
-            self._pending.append(self.start_reduction(flat, self.grad_shard))
+            self._is_local = True
+            self.reduction.start(flat, self.grad_shard)
             self._version = flat._version
-
-    def start_reduction(self, flat: Tensor, average: Tensor) -> Pending:
-        """Start averaging the gradients `flat` into this rank's shard of them. Collective."""
-        self._is_local = True
-        if self.group.world_size > 1:
-            flat = flat.to(self.precision.reduce)  # itself where that is its dtype
-        return collectives.reduce_scatter(self.group, flat, average)
+            self._checksum = _checksum(flat) if in_backward else None  # while it travels
 
     def has_gradients(self) -> list[bool]:
-        """By slot, whether this rank has a gradient."""
-        return [p.grad is not None and p.grad.layout == torch.strided for p in self.params]
+        """By slot, whether this rank had a gradient at the last `check_grads`."""
+        return self._had_gradients
 
     def expect(self) -> None:
         """Count the gradients that this backward can make (parameters may freeze and thaw)."""
@@ -185,15 +185,10 @@ class FlatBucket:
 
     def wait(self) -> None:
         """Return when `grad_shard` holds the averaged gradients. Collective with replicas."""
-        self._wait_for_shard()
+        self.reduction.wait()
         if self._is_local:
             self._is_local = False
             collectives.average_replicas(self.group, self.grad_shard)
-
-    def _wait_for_shard(self) -> None:
-        """Return when `grad_shard` holds the average over the ranks of this replica."""
-        while self._pending:
-            self._pending.pop().wait()
 
     def gather(self) -> Pending:
         """Start giving every rank the parameters that the others own. Collective."""
@@ -204,17 +199,15 @@ class FlatBucket:
         flat = self.flat_grad
         if flat is not None and flat._version != self._version:
             return False
-        for i, (p, seen) in enumerate(zip(self.params, self._seen, strict=True)):
-            grad, version = p.grad, self._seen_versions[i]
-            if grad is None or seen is None:
-                same = grad is seen
-            elif version < 0:
-                same = _is_set_to(grad, self._places[i])
-            else:
-                same = grad is seen and grad._version == version
-            if not same:
-                return False
-        return flat is None or self._checksum is None or bool(self._checksum == _checksum(flat))
+        grads = [p.grad for p in self.params]
+        same = (
+            self._are_in_place(grads)
+            if self._in_place
+            else all(map(self._is_as_seen, range(len(grads)), grads))
+        )
+        if not same or flat is None or self._checksum is None:
+            return same
+        return bool(self._checksum == _checksum(flat))
 
     def reset(self) -> None:
         """Begin a new iteration."""
@@ -223,10 +216,28 @@ class FlatBucket:
         self._seen, self._seen_versions = [], []
 
     def check_grads(self) -> None:
-        """Raise torch's error if a gradient is sparse."""
-        for p in self.params:
-            if p.grad is not None and p.grad.layout != torch.strided:
-                raise RuntimeError("Adadelta does not support sparse gradients")
+        """Take note which gradients are here; raise torch's error if one is sparse."""
+        grads = [p.grad for p in self.params]
+        self._had_gradients = [grad is not None for grad in grads]
+        if all(map(is_, grads, self._lent)):
+            return  # the common case: they are dense as we made them
+        if any(grad is not None and grad.layout != torch.strided for grad in grads):
+            raise RuntimeError("Adadelta does not support sparse gradients")
+
+    def _are_in_place(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether there is a gradient for every slot, and all are in flat memory."""
+        if all(map(is_, grads, self._lent)) and all(map(is_not, grads, repeat(None))):
+            return self._grad_places.hold(grads)  # type: ignore[arg-type]
+        return bool(self._places) and all(map(_is_set_to, grads, self._places))
+
+    def _is_as_seen(self, i: int, grad: Tensor | None) -> bool:
+        """Whether the gradient of slot `i` is still what was launched."""
+        seen, version = self._seen[i], self._seen_versions[i]
+        if grad is None or seen is None:
+            return grad is seen
+        if version < 0:
+            return _is_set_to(grad, self._places[i])
+        return grad is seen and grad._version == version
 
     def _collect(self, i: int, grad: Tensor | None) -> int:
         """Put one gradient, or zeros, in its place.
@@ -314,11 +325,6 @@ def make_buckets(
         of_bucket = [params[i] for i in indices], [names[i] for i in indices]
         buckets.append(kind(plan, group, *of_bucket, policy))
     return buckets
-
-
-def _abandon(pending: Sequence[Pending]) -> None:
-    for reduction in pending:
-        reduction.abandon()
 
 
 def _described(tensor: Tensor) -> str:

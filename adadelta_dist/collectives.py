@@ -37,14 +37,15 @@ _backgrounds: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = 
 def open_channel(group: Group) -> Group:
     """The same ranks with a channel of their own. Collective.
 
-    Pairwise messages are kept apart by their tag. Native collectives have no tags: they
-    get a process group of their own, so that the user's collectives between backward and
-    step never pair with ours, whichever of ours a rank has started by then. For the same
-    reason what ranks agree on goes another way than the reductions that some of them have
-    started: over the CPU, by a gloo group of our own where theirs has none.
+    Pairwise messages are kept apart by their tag: gradients, state, parameters. Native
+    collectives have no tags: they get a process group of their own, so that the user's
+    collectives between backward and step never pair with ours, whichever of ours a rank has
+    started by then. For the same reason what ranks agree on goes another way than the
+    reductions that some of them have started: over the CPU, by a gloo group of our own where
+    theirs has none.
     """
     agreed = int(combine(group, torch.tensor(_channels[0]), "max"))
-    _channels[0] = agreed + 2
+    _channels[0] = agreed + 3
     replicas = None if group.replicas is None else _own_communicator(group.replicas)
     return replace(_own_communicator(group), channel=agreed, replicas=replicas)
 
@@ -105,20 +106,17 @@ def reduce_scatter(group: Group, flat: Tensor, shard: Tensor) -> Pending:
             out, flat, op=dist.ReduceOp.AVG, group=group.process_group, async_op=True
         )
         return Pending((work,), lambda: None if out is shard else _copy(shard, out))
-    rows = flat.view(group.world_size, -1)
-    received = torch.empty(
-        (group.world_size - 1, shard.numel()), dtype=flat.dtype, device=flat.device
-    )
-    works = []
-    for distance in range(1, group.world_size):
-        source, target = _around(group, distance)
-        works.append(_receive(group, received[distance - 1], source))
-        works.append(_send(group, rows[target], target))
+    rows = list(flat.view(group.world_size, -1))
+    around = [_around(group, distance) for distance in range(1, group.world_size)]
+    works = [_send(group, rows[target], target) for _, target in around]
+    # One of the first two rows of the sum may be received where the sum goes.
+    first = min(source for source, _ in around) if shard.dtype == flat.dtype else None
+    for source, _ in around:
+        rows[source] = shard if source == first else torch.empty_like(rows[source])
+        works.append(_receive(group, rows[source], source))
 
     def average() -> None:
-        by_rank = {_around(group, d)[0]: received[d - 1] for d in range(1, group.world_size)}
-        by_rank[group.rank] = rows[group.rank]
-        _average([by_rank[rank] for rank in range(group.world_size)], shard)
+        _average(rows, shard)
 
     return Pending(tuple(works), average)
 
@@ -146,8 +144,8 @@ def all_gather(group: Group, flat: Tensor, wire_dtype: torch.dtype | None = None
     works = []
     for distance in range(1, group.world_size):
         source, target = _around(group, distance)
-        works.append(_receive(group, rows[source], source))
-        works.append(_send(group, rows[group.rank], target))
+        works.append(_receive(group, rows[source], source, lane=2))
+        works.append(_send(group, rows[group.rank], target, lane=2))
     return Pending(tuple(works))
 
 

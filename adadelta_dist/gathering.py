@@ -20,6 +20,10 @@ class Gathers:
         """Collective."""
         self._pending[bucket] = bucket.gather()
 
+    def leave(self, count: int) -> None:
+        """Return when no more than the `count` latest are under way."""
+        self.wait(list(self._pending)[:-count])
+
     def wait(self, buckets: Sequence[FlatBucket] | None = None) -> None:
         """Return when these buckets, by default all, hold every parameter."""
         for bucket in list(self._pending) if buckets is None else buckets:

@@ -12,8 +12,6 @@ reduction, as long as all have gone.
 
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from datetime import timedelta
 from itertools import compress
 from typing import Any
 
@@ -24,11 +22,9 @@ from . import collectives
 from .agreement import RankError
 from .buckets import FlatBucket
 from .groups import Group
-from .in_order import InOrder
 from .reducer import GradientReducer
 
 _PATIENCE_S = 1.0
-_FOREVER = timedelta(days=365)
 
 
 class FreedBucket(FlatBucket):
@@ -36,18 +32,10 @@ class FreedBucket(FlatBucket):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        blocks = self.group.is_pairwise(self.flat_param.device)
-        self._in_thread = blocks and self.group.world_size > 1
-        self._finishing = InOrder(in_thread=self._in_thread)
         self._held: Tensor | None = None
         self._held_views: list[Tensor] = []
         self._taken = self._none()
-        self._done: Future[None] | None = None
         self.has_gradient = self._none()
-
-    def share_thread(self, finishing: InOrder) -> None:
-        """Finish in order with the other buckets."""
-        self._finishing = finishing
 
     def take(self, i: int) -> bool:
         """Move the new gradient of slot `i` into flat memory; False if it must stay."""
@@ -71,28 +59,12 @@ class FreedBucket(FlatBucket):
         flat = self._zeros(self.plan.numel) if self._held is None else self._held
         self._held, self._held_views, self._taken = None, [], self._none()
         self.ready.clear()
-        average = torch.empty_like(self.grad_shard)
-        pending = self.start_reduction(flat, average)
-
-        # Nobody may ever answer what a dropped optimizer has sent. Were the thread to give up
-        # on it, gloo would close the connections of the whole process group.
-        timeout = _FOREVER if self._in_thread else None
-
-        def accumulate(shard: Tensor = self.grad_shard) -> None:
-            pending.wait(timeout)
-            shard.add_(average)
-
-        del flat  # `pending` keeps what is sent
-        self._done = self._finishing.submit(accumulate)
-
-    def _wait_for_shard(self) -> None:
-        done, self._done = self._done, None
-        if done is not None:
-            self._finishing.wait(done)
+        self._is_local = True
+        self.reduction.start_adding(flat, self.grad_shard)
 
     def is_reduced(self, within_s: float) -> bool:
         """Whether the last reduction is done, or will be within these seconds."""
-        return self._done is None or self._finishing.is_done(self._done, within_s)
+        return self.reduction.is_done(within_s)
 
     def is_dirty(self) -> bool:
         """Whether a gradient is here that was not sent."""
@@ -107,7 +79,7 @@ class FreedBucket(FlatBucket):
         self._held, self._held_views, self._taken = None, [], self._none()
         self.has_gradient = self._none()
         self._is_local = False
-        self._done = self._finishing.submit(self.grad_shard.zero_)  # type: ignore[arg-type]
+        self.reduction.empty(self.grad_shard)
 
     def reset(self) -> None:
         super().reset()
@@ -137,8 +109,6 @@ class ShardingReducer(GradientReducer):
     def extend(self, buckets: Sequence[FlatBucket]) -> None:
         self._end_round()
         super().extend(buckets)
-        for bucket in self.buckets:  # one thread: what arrives first is freed first
-            bucket.share_thread(self.buckets[0]._finishing)
 
     def reduce(self, facts: Sequence[str], error: Exception | None = None) -> None:
         error = self._check(error)

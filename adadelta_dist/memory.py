@@ -27,6 +27,38 @@ def flatten(tensor: Tensor, order: Sequence[int]) -> Tensor:
     return torch.view_as_real(flat).view(-1) if tensor.is_complex() else flat
 
 
+class Places:
+    """Where tensors ought to lie, to be asked of thousands of them at each step.
+
+    Args:
+        views: a dense view of flat memory for each.
+    """
+
+    def __init__(self, views: Sequence[Tensor]) -> None:
+        self._starts, self._numels = _starts(views), _numels(views)
+        self._shaped = [(i, view) for i, view in enumerate(views) if view.dim() > 1]
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether each of as many dense tensors lies in its place, in its shape.
+
+        A vector that begins at the same address and is as long is in its place. What has more
+        dimensions may begin there and be transposed, which takes longer to find out.
+        """
+        return (
+            _starts(tensors) == self._starts
+            and _numels(tensors) == self._numels
+            and all(tensors[i].is_set_to(view) for i, view in self._shaped)
+        )
+
+
+def _starts(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _numels(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.numel, tensors))
+
+
 def check_memory(params: Iterable[Tensor]) -> None:
     """Refuse parameters that cannot move into a bucket.
 

@@ -225,9 +225,10 @@ class _BucketCost:
     def received(self, *, pairwise: bool) -> int:
         """Where a reduction arrives, if not in the shard itself."""
         reduce, shard = self.precision.reduce, self.plan.shard_numel
+        is_exact = reduce == self.precision.compute  # then one of the rows arrives in the shard
         if pairwise:
-            return (self.plan.numel - shard) * reduce.itemsize
-        return 0 if reduce == self.precision.compute else shard * reduce.itemsize
+            return (self.plan.numel - shard - shard * is_exact) * reduce.itemsize
+        return 0 if is_exact else shard * reduce.itemsize
 
     def gathering(self) -> int:
         """Where parameters travel in another dtype than their own."""
@@ -239,12 +240,14 @@ def _passing(buckets: list[_BucketCost], cluster: Cluster, policy: ShardPolicy) 
     """Bytes of gradients, and of what is in flight, at the peak.
 
     Buckets fill one after the other, in each the gradient that autograd has just made beside
-    them. At stage 1 all that are full travel until the step; at stage 2 one does, and then it
-    is freed.
+    them. At stage 2 one that is full travels, and is freed. At stage 1 those that are full
+    travel one after the other if pairwise, all at once by native collectives.
     """
     pairwise = cluster.backend == "gloo"
     alone = cluster.shards == 1
-    gathering = sum(b.gathering() for b in buckets)
+    at_once = len(buckets) if policy.overlap_gather else 3
+    gathers = [b.gathering() for b in buckets]
+    gathering = max((sum(gathers[i : i + at_once]) for i in range(len(gathers))), default=0)
     whole, travelling, peaks = sum(b.whole for b in buckets), 0, [(0, 0)]
     for bucket in buckets:
         reducing = 0 if alone else bucket.copied() + bucket.received(pairwise=pairwise)
@@ -252,7 +255,8 @@ def _passing(buckets: list[_BucketCost], cluster: Cluster, policy: ShardPolicy) 
             peaks.append((bucket.whole, bucket.largest + travelling))
             travelling = bucket.whole + bucket.average + reducing
         else:
-            travelling += reducing if policy.gradients == "local" else 0
+            if policy.gradients == "local":
+                travelling = max(travelling, reducing) if pairwise else travelling + reducing
             peaks.append((whole, bucket.largest + travelling))
     gradients, in_flight = max(peaks, key=sum)
     return gradients, max(in_flight, gathering)

@@ -39,15 +39,19 @@ class GradientReducer:
         self._next = 0
         self._counted = False
         self._lock = threading.Lock()
-        self._hooked: list[list[bool]] = []
+        self._unhooked: list[tuple[int, int, Tensor]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.clipped = False
         self._edited = self._warned = False
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def extend(self, buckets: Sequence[FlatBucket]) -> None:
+        for b, bucket in enumerate(buckets, len(self.buckets)):
+            if bucket.is_hooked:
+                self._unhooked.extend((b, i, p) for i, p in enumerate(bucket.params))
         self.buckets.extend(buckets)
-        self._hooked.extend([False] * len(bucket.params) for bucket in buckets)
+        for bucket in buckets:  # one thread: what arrives first is freed first
+            bucket.reduction.in_order = self.buckets[0].reduction.in_order
         self._counted = False
         self._hook_params()
 
@@ -127,19 +131,18 @@ class GradientReducer:
         flags = [*edits, *here, error is not None, *digest, *(255 - byte for byte in digest)]
         message = torch.frombuffer(bytearray(flags), dtype=torch.uint8)
         anyone = collectives.combine(self.group, message, "max")
-        flags = anyone.tolist()
-        edits, flags = [bool(f) for f in flags[: len(edits)]], flags[len(edits) :]
-        count = len(here)
-        failed, low, high = flags[count], flags[count + 1 : -len(digest)], flags[-len(digest) :]
-        if failed or any(a + b != 255 for a, b in zip(low, high, strict=True)):
+        low, high = anyone[-2 * len(digest) :].view(2, -1).tolist()
+        known = anyone[: -2 * len(digest)].bool().tolist()
+        if known.pop() or any(a + b != 255 for a, b in zip(low, high, strict=True)):
             with agreement.agreement(self.group, "ShardedAdadelta.step") as mine:
                 mine.facts.extend(facts)
                 if error is not None:
                     raise error
-        present = iter(flags[:count])
+        start = len(edits)
         for bucket in self.buckets:
-            bucket.present = [bool(next(present)) for _ in bucket.params]
-        return edits
+            stop = start + len(bucket.params)
+            bucket.present, start = known[start:stop], stop
+        return known[: len(edits)]
 
     def _warn_of_edits(self) -> None:
         if self._edited and not self._warned and self.group.world_size > 1:
@@ -174,15 +177,13 @@ class GradientReducer:
 
     def _hook_params(self) -> None:
         """Hook parameters that require gradients by now (some may have been frozen)."""
-        me = weakref.ref(self)
-        for b, bucket in enumerate(self.buckets):
-            if not bucket.is_hooked:
-                continue
-            for i, p in enumerate(bucket.params):
-                if p.requires_grad and p.is_leaf and not self._hooked[b][i]:
-                    hook = _gradient_hook(me, b, i)
-                    self._handles.append(p.register_post_accumulate_grad_hook(hook))
-                    self._hooked[b][i] = True
+        me, unhooked, self._unhooked = weakref.ref(self), self._unhooked, []
+        for b, i, p in unhooked:
+            if p.requires_grad and p.is_leaf:
+                hook = _gradient_hook(me, b, i)
+                self._handles.append(p.register_post_accumulate_grad_hook(hook))
+            else:
+                self._unhooked.append((b, i, p))
 
 
 def _gradient_hook(

@@ -267,6 +267,8 @@ class ShardedAdadelta(ShardedGradients):
 
     def _step_shards(self, fused: list[bool], inverse_scale: float) -> None:
         """Update what this rank owns, bucket by bucket, and gather the rest. Collective."""
+        waits_later = self._policy.overlap_gather and self._attached
+        stays_open = bool(waits_later) and not is_capturing()
         for shard in self._shards:
             shard.bucket.wait()
             if any(shard.bucket.present):
@@ -274,7 +276,9 @@ class ShardedAdadelta(ShardedGradients):
                 group = self.param_groups[g]
                 step_(shard, group, fused=fused[g], inverse_scale=inverse_scale)
                 self._gathers.start(shard.bucket)
-        if is_capturing() or not (self._policy.overlap_gather and self._attached):
+                if self._policy.gather_dtype is not None and not stays_open:
+                    self._gathers.leave(2)  # each takes memory of its own
+        if not stays_open:
             self.wait()
 
     def _flat_params(self) -> list[list[Tensor]]:

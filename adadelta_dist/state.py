@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -54,6 +55,11 @@ class ShardState:
         flats = dict(zip(ACCUMULATORS, self.accumulators, strict=True))
         return flats if self.master is None else flats | {MASTER: self.master}
 
+    @cached_property
+    def views(self) -> list[Tensor]:
+        """All values of all entries."""
+        return _values(self.entries)
+
     @property
     def is_exact(self) -> bool:
         """Whether all is stored in the dtype of the arithmetic."""
@@ -85,8 +91,10 @@ def reclaim(shards: Sequence[ShardState], state: State) -> None:
     A replaced value is adopted; a removed one counts as zero, as torch would begin anew.
     """
     held_values = _values(state.values())
-    views = _values(entry for shard in shards for entry in shard.entries)
-    if len(held_values) == len(views) and all(map(is_, held_values, views)):
+    views = chain.from_iterable(shard.views for shard in shards)
+    if len(held_values) == sum(len(shard.views) for shard in shards) and all(
+        map(is_, held_values, views)
+    ):
         return  # the common case, and a slow loop otherwise
     for shard in shards:
         for i, (p, entry) in enumerate(zip(shard.bucket.params, shard.entries, strict=True)):

@@ -185,11 +185,12 @@ def formula(task: Task, stage: int, world_size: int) -> float:
         sizes = [4 * p.numel() for p in task.model().parameters()]
     params, gradient = sum(sizes), max(sizes)  # the gradient that autograd has just made
     shards = 3 * params / world_size  # two accumulators and averaged gradients
+    bucket = -(-ShardPolicy().bucket_mb * 2**20 // gradient) * gradient
+    received = bucket * (world_size - 2) / world_size  # the first of the others' rows needs no room
     if stage == 1:
-        return 2 * params + shards + params * (world_size - 1) / world_size + gradient
-    full = ShardPolicy().bucket_mb * 2**20
-    bucket = -(-full // gradient) * gradient
-    return params + shards + 3 * bucket + gradient  # one fills, and one and its copy travel
+        return 2 * params + shards + received + gradient
+    # One bucket fills, and one travels, with its average.
+    return params + shards + 2 * bucket + received + bucket / world_size + gradient
 
 
 def resident_bytes(key: str) -> int:

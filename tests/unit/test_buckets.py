@@ -79,6 +79,30 @@ def test_a_replaced_storage_is_adopted():
     assert bucket.flat_param[:6].tolist() == [7] * 6
 
 
+def test_a_replaced_vector_is_adopted():
+    bucket, (p,) = bucket_of(torch.zeros(5))
+    home, p.data = p.data_ptr(), torch.ones(5)
+    bucket.reclaim_params()
+    assert p.data_ptr() == home
+    assert p.tolist() == [1] * 5
+
+
+def test_a_parameter_that_sees_its_own_memory_otherwise_is_adopted():
+    bucket, (p, _) = bucket_of(torch.arange(4.0).view(2, 2), torch.zeros(3))
+    p.data = p.data.t()  # begins where it did
+    bucket.reclaim_params()
+    assert p.stride() == (2, 1)
+    assert p.tolist() == [[0, 2], [1, 3]]
+    assert bucket.flat_param[4:].tolist() == [0, 2, 1, 3]
+
+
+def test_a_vector_that_was_pruned_in_place_is_refused():
+    bucket, (p,) = bucket_of(torch.zeros(5))
+    p.data = p.data[:3]
+    with pytest.raises(RuntimeError, match=r"p0 was \(5,\).* is \(3,\)"):
+        bucket.reclaim_params()
+
+
 def test_values_written_in_place_are_kept():
     bucket, (p,) = bucket_of(torch.zeros(4))
     with torch.no_grad():
@@ -183,6 +207,21 @@ def test_edits_after_the_launch_are_noticed(edit, taken, averaged):
     if edit is not None:
         edit(p)
     assert bucket.is_current() == (edit is None)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4,)], ids=["matrix", "vector"])
+@pytest.mark.parametrize("change", [lambda grad: grad + 1, torch.t], ids=["replaced", "transposed"])
+def test_a_gradient_of_other_data_is_noticed(change, shape):
+    bucket, (p, q) = bucket_of(torch.zeros(shape), torch.zeros(5))
+    p.grad, q.grad = torch.arange(4.0).view(shape), torch.ones(5)
+    bucket.take(0), bucket.take(1)
+    bucket.launch()
+    assert bucket.is_current()
+    before = p.grad.tolist()
+    p.grad.data = change(p.grad.data)  # its identity and version stay
+    assert bucket.is_current() == (p.grad.tolist() == before)  # a vector is its own transpose
+    bucket.launch()
+    assert bucket.grad_shard[8:].tolist() == p.grad.flatten().tolist()
 
 
 @pytest.mark.parametrize("averaged", [False, True])

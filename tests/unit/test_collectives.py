@@ -35,7 +35,7 @@ def test_a_rank_outside_the_group_is_refused_with_the_remedy(mesh):
 
 def test_every_optimizer_gets_a_channel_of_its_own():
     first, second = (collectives.open_channel(ALONE) for _ in range(2))
-    assert second.channel >= first.channel + 2  # a tag for gradients and one for state
+    assert second.channel >= first.channel + 3  # tags for gradients, state and parameters
     assert first.channel >= ALONE.channel
 
 

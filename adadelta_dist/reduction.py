@@ -1,0 +1,99 @@
+"""Averaging the gradients of one bucket into this rank's shard of them."""
+
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import collectives
+from .collectives import Pending
+from .groups import Group
+from .in_order import InOrder
+
+_FOREVER = timedelta(days=365)
+"""Nobody may ever answer what a dropped optimizer has sent. Were a thread to give up on it,
+gloo would close the connections of the whole process group."""
+
+
+class Reduction:
+    """The reductions of one bucket, one after the other.
+
+    Where gradients are received in the shard itself they take no memory, and all buckets may
+    travel at once. Else those of one bucket travel after those of the other, in a thread:
+    backward must not wait for a rank that has not come that far.
+
+    Args:
+        group: the ranks.
+        wire: the dtype in which gradients travel.
+        flat: gradients of the bucket, or what is like them.
+        shard: as `flat`, of the averages.
+
+    Attributes:
+        in_order: where they are finished, in order with those of other buckets.
+    """
+
+    def __init__(self, group: Group, wire: torch.dtype, flat: Tensor, shard: Tensor) -> None:
+        self._group, self._wire = group, wire
+        self._in_thread = group.world_size > 1 and group.is_pairwise(flat.device)
+        is_in_place = group.world_size <= 2 and flat.dtype == wire == shard.dtype
+        self._takes_memory = self._in_thread and not is_in_place
+        self.in_order = InOrder(in_thread=self._in_thread)
+        self._done: Future[None] | None = None
+        self._pending: list[Pending] = []
+        weakref.finalize(self, _abandon, self._pending).atexit = False
+
+    def start(self, flat: Tensor, shard: Tensor) -> None:
+        """Start averaging the gradients `flat` into this rank's shard. Collective."""
+        if self._takes_memory:
+            self._done = self.in_order.submit(
+                partial(_reduce, self._group, flat, self._wire, shard)
+            )
+        else:
+            self._pending.append(_start(self._group, flat, self._wire, shard))
+
+    def start_adding(self, flat: Tensor, shard: Tensor) -> None:
+        """Start averaging the gradients `flat`, to be added to this rank's shard. Collective."""
+        average = torch.empty_like(shard)
+        pending = _start(self._group, flat, self._wire, average)
+        timeout = _FOREVER if self._in_thread else None
+
+        def add() -> None:
+            pending.wait(timeout)
+            shard.add_(average)
+
+        self._done = self.in_order.submit(add)
+
+    def empty(self, shard: Tensor) -> None:
+        """Make the shard zero, when what is on its way has arrived."""
+        self._done = self.in_order.submit(shard.zero_)  # type: ignore[arg-type]
+
+    def is_done(self, within_s: float) -> bool:
+        """Whether the shard is what it will be, or is within these seconds."""
+        return self._done is None or self.in_order.is_done(self._done, within_s)
+
+    def wait(self) -> None:
+        """Return when the shard is what it will be."""
+        while self._pending:
+            self._pending.pop().wait()
+        done, self._done = self._done, None
+        if done is not None:
+            self.in_order.wait(done)
+
+
+def _start(group: Group, flat: Tensor, wire: torch.dtype, shard: Tensor) -> Pending:
+    if group.world_size > 1:
+        flat = flat.to(wire)  # itself where that is its dtype
+    return collectives.reduce_scatter(group, flat, shard)
+
+
+def _reduce(group: Group, flat: Tensor, wire: torch.dtype, shard: Tensor) -> None:
+    _start(group, flat, wire, shard).wait(_FOREVER)
+
+
+def _abandon(pending: Sequence[Pending]) -> None:
+    for reduction in pending:
+        reduction.abandon()
