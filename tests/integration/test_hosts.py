@@ -36,7 +36,7 @@ def run_hosts(hosts, out, epochs):
         printed = [agent.communicate(timeout=120)[0] for agent in agents]
     finally:
         for agent in agents:
-            agent.kill()
+            agent.terminate()
     assert [agent.returncode for agent in agents] == [0] * hosts, printed
     return "".join(printed)
 
