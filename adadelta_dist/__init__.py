@@ -2,12 +2,12 @@
 
 from .adadelta import Adadelta
 from .agreement import RankError
+from .checkpoints.history import latest_checkpoint
+from .checkpoints.loading import Loaded, load_checkpoint
+from .checkpoints.reading import CheckpointError
+from .checkpoints.saving import async_save_checkpoint, save_checkpoint
 from .flat_slice import FlatSlice
-from .history import latest_checkpoint
-from .loading import Loaded, load_checkpoint
 from .policy import ShardPolicy
-from .reading import CheckpointError
-from .saving import async_save_checkpoint, save_checkpoint
 from .sharded import ShardedAdadelta
 
 __all__ = [

@@ -11,16 +11,16 @@ try:
     import typer
     from rich.filesize import decimal
 
-    from .cli_plan import plan
+    from .planning.command import plan
     from .terminal import errors, printable, progress_bar, show_table
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"error: adadelta-dist needs {error.name}: pip install 'adadelta-dist[cli]'"
     ) from None
 
-from . import convert as conversion
-from .inspection import Description, ParameterDescription, describe
-from .sources import is_deepspeed
+from .checkpoints import convert as conversion
+from .checkpoints.inspection import Description, ParameterDescription, describe
+from .checkpoints.sources import is_deepspeed
 
 app = typer.Typer(
     help="Look into checkpoints, convert them, and plan what training will cost.",

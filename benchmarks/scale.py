@@ -5,7 +5,7 @@
 
 Parameters are on the meta device, and torch's fake process group answers every collective.
 What is allocated and what is sent is counted as it happens, and compared with the plan
-(`adadelta_dist.planner`). The backend is like NCCL: it has collectives of its own.
+(`adadelta_dist.planning.planner`). The backend is like NCCL: it has collectives of its own.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adadelta_dist import ShardedAdadelta, ShardPolicy
-from adadelta_dist.model_plan import from_module
-from adadelta_dist.planner import Cluster, Cost, layout_of, sharded
+from adadelta_dist.planning.model_plan import from_module
+from adadelta_dist.planning.planner import Cluster, Cost, layout_of, sharded
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adadelta_dist import convert as conversion
-from adadelta_dist.content import Content, Value
-from adadelta_dist.convert import Progress
+from adadelta_dist.checkpoints import convert as conversion
+from adadelta_dist.checkpoints.content import Content, Value
+from adadelta_dist.checkpoints.convert import Progress
+from adadelta_dist.checkpoints.sources import is_deepspeed
 from adadelta_dist.functional import ACCUMULATORS
-from adadelta_dist.sources import is_deepspeed
 from adadelta_dist.state import MASTER
 
 from .deepspeed_checkpoint import Checkpoint, one_step
@@ -26,11 +26,11 @@ def convert(
     to: Literal["torch", "dcp", "universal"],
     on_progress: Progress | None = None,
 ) -> None:
-    """As `adadelta_dist.convert.convert`, from DeepSpeed's folders and to universal ones.
+    """As `checkpoints.convert.convert`, from DeepSpeed's folders and to universal ones.
 
     Args:
         src: what `engine.save_checkpoint` wrote, a universal folder, or, to "universal", any
-            checkpoint that `adadelta_dist.convert.convert` reads.
+            checkpoint that `adadelta_dist.checkpoints.convert.convert` reads.
         dst: a path that does not exist.
         to: the form to write.
         on_progress: called as bytes are read and written.

@@ -19,7 +19,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from adadelta_dist.folder import staged
+from adadelta_dist.checkpoints.folder import staged
 
 from .deepspeed_checkpoint import Checkpoint, check_adadelta, load, one_step
 from .deepspeed_state import GROUPS_KEY, UNIVERSAL

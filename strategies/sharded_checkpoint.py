@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_map_only
 
 from adadelta_dist import ShardedAdadelta, groups
 from adadelta_dist.agreement import agreement
-from adadelta_dist.folder import sync
+from adadelta_dist.checkpoints.folder import sync
+from adadelta_dist.checkpoints.reading import SafeReader, as_checkpoint_error, read_into
+from adadelta_dist.checkpoints.writing import StreamingWriter
 from adadelta_dist.groups import Group
-from adadelta_dist.reading import SafeReader, as_checkpoint_error, read_into
-from adadelta_dist.writing import StreamingWriter
 
 _META = "meta.pt"
 

@@ -25,7 +25,7 @@ from adadelta_dist import (
     load_checkpoint,
     save_checkpoint,
 )
-from adadelta_dist.reading import SafeReader
+from adadelta_dist.checkpoints.reading import SafeReader
 
 
 def save(rank, path, bucket_mb, asynchronous=False):

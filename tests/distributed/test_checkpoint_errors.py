@@ -20,7 +20,7 @@ from adadelta_dist import (
     load_checkpoint,
     save_checkpoint,
 )
-from adadelta_dist.named_state import named_state
+from adadelta_dist.checkpoints.named_state import named_state
 
 ADAM = {"step": 0.0, "exp_avg": torch.zeros(5, 7), "exp_avg_sq": torch.zeros(5, 7)}
 

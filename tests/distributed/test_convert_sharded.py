@@ -17,8 +17,8 @@ from test_dcp import (
 from torch import nn
 
 from adadelta_dist import ShardedAdadelta
-from adadelta_dist.convert import convert
-from adadelta_dist.folder import verify
+from adadelta_dist.checkpoints.convert import convert
+from adadelta_dist.checkpoints.folder import verify
 
 
 @flattened

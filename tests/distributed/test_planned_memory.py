@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from adadelta_dist import FlatSlice, ShardedAdadelta, ShardPolicy
-from adadelta_dist.model_plan import from_module
-from adadelta_dist.planner import Cluster, sharded
+from adadelta_dist.planning.model_plan import from_module
+from adadelta_dist.planning.planner import Cluster, sharded
 
 VARIANTS = {
     "float32": (torch.float32, {}),

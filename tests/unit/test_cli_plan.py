@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from adadelta_dist import ShardPolicy
 from adadelta_dist.cli import app
-from adadelta_dist.model_plan import from_count
-from adadelta_dist.planner import Cluster, sharded
+from adadelta_dist.planning.model_plan import from_count
+from adadelta_dist.planning.planner import Cluster, sharded
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or")
 PEERS = [

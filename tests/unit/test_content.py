@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adadelta_dist.content import (
+from adadelta_dist.checkpoints.content import (
     Content,
     Value,
     flatten,

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import adadelta_dist
 from adadelta_dist import Adadelta, ShardedAdadelta, load_checkpoint, save_checkpoint
-from adadelta_dist.convert import convert
-from adadelta_dist.folder import read_manifest, verify
+from adadelta_dist.checkpoints.convert import convert
+from adadelta_dist.checkpoints.folder import read_manifest, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or")
 ROOT = Path(adadelta_dist.__file__).parent.parent
@@ -319,7 +319,7 @@ def test_progress_runs_from_nothing_to_all(tmp_path):
 
 FULL = """
 import resource, sys
-from adadelta_dist.convert import convert
+from adadelta_dist.checkpoints.convert import convert
 src, dst = sys.argv[1:]
 for to in ("torch", "dcp"):
     for limit in (100, 7000):
@@ -346,7 +346,7 @@ MEMORY = """
 import sys, threading, warnings
 warnings.simplefilter("ignore")
 import torch.distributed.checkpoint.format_utils as stock
-from adadelta_dist.convert import convert
+from adadelta_dist.checkpoints.convert import convert
 
 def private_mb():  # files that are mapped do not count: the system takes those pages back
     with open("/proc/self/status") as file:

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from adadelta_dist.folder import (
+from adadelta_dist.checkpoints.folder import (
     discard,
     is_incomplete,
     read_manifest,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adadelta_dist import Adadelta, latest_checkpoint, load_checkpoint, save_checkpoint
-from adadelta_dist.history import checkpoints_in, prune
+from adadelta_dist.checkpoints.history import checkpoints_in, prune
 
 
 def save(path, saved_at=None, keep=None):

@@ -9,8 +9,8 @@ import torch.distributed.checkpoint as dcp
 from checkpoints import FLAT, NESTED, Zoo, build, save_dcp, save_torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from adadelta_dist.convert import convert
-from adadelta_dist.inspection import describe
+from adadelta_dist.checkpoints.convert import convert
+from adadelta_dist.checkpoints.inspection import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or")
 

@@ -18,7 +18,7 @@ from adadelta_dist import (
     load_checkpoint,
     save_checkpoint,
 )
-from adadelta_dist.named_state import named_state
+from adadelta_dist.checkpoints.named_state import named_state
 
 CLASSES = [torch.optim.Adadelta, Adadelta, ShardedAdadelta]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

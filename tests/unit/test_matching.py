@@ -7,8 +7,8 @@ from checkpoints import FLAT, build, save_dcp
 from torch import nn
 
 from adadelta_dist import ShardedAdadelta
-from adadelta_dist.matching import match
-from adadelta_dist.named_state import named_state
+from adadelta_dist.checkpoints.matching import match
+from adadelta_dist.checkpoints.named_state import named_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -6,7 +6,12 @@ from checkpoints import assert_equal, build
 from torch import nn
 
 from adadelta_dist import Adadelta, ShardedAdadelta
-from adadelta_dist.named_state import group_of, named_groups, named_state, optimizer_state_dict
+from adadelta_dist.checkpoints.named_state import (
+    group_of,
+    named_groups,
+    named_state,
+    optimizer_state_dict,
+)
 
 CLASSES = [torch.optim.Adadelta, Adadelta, ShardedAdadelta]
 

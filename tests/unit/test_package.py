@@ -11,7 +11,11 @@ import pytest
 import adadelta_dist
 
 ROOT = Path(adadelta_dist.__file__).parent.parent
-CORE = sorted((ROOT / "adadelta_dist").glob("*.py"))
+PARTS = ("checkpoints", "planning")
+CORE = [
+    *sorted((ROOT / "adadelta_dist").glob("*.py")),
+    *(path for part in PARTS for path in sorted((ROOT / "adadelta_dist" / part).glob("[!_]*.py"))),
+]
 SOURCES = CORE + sorted((ROOT / "strategies").rglob("*.py"))
 
 ORDER = [
@@ -23,15 +27,6 @@ ORDER = [
     "adadelta",
     "memory",
     "flat_slice",
-    "reading",
-    "folder",
-    "writing",
-    "history",
-    "content",
-    "sources",
-    "convert",
-    "inspection",
-    "model_plan",
     "fingerprint",
     "groups",
     "collectives",
@@ -41,8 +36,6 @@ ORDER = [
     "scaling",
     "rounding",
     "precision",
-    "planner",
-    "peers",
     "in_order",
     "reduction",
     "buckets",
@@ -55,15 +48,26 @@ ORDER = [
     "grad_sharding",
     "gradients",
     "sharded",
-    "named_state",
-    "matching",
-    "staging",
-    "saving",
-    "loading",
+    "checkpoints.reading",
+    "checkpoints.folder",
+    "checkpoints.writing",
+    "checkpoints.history",
+    "checkpoints.content",
+    "checkpoints.sources",
+    "checkpoints.convert",
+    "checkpoints.inspection",
+    "checkpoints.named_state",
+    "checkpoints.matching",
+    "checkpoints.staging",
+    "checkpoints.saving",
+    "checkpoints.loading",
     "__init__",
+    "planning.model_plan",
+    "planning.planner",
+    "planning.peers",
+    "planning.picture",
     "terminal",
-    "plan_picture",
-    "cli_plan",
+    "planning.command",
     "cli",
 ]
 """A module imports none but those before it; nothing here imports `strategies`."""
@@ -121,28 +125,38 @@ def test_a_framework_would_be_noticed(tmp_path, monkeypatch):
     assert frameworks_imported_by("guilty").split() == ["deepspeed"]
 
 
+def name_of(path: Path) -> str:
+    """Below adadelta_dist: "sharded", "checkpoints.saving"."""
+    return path.stem if path.parent.name == "adadelta_dist" else f"{path.parent.name}.{path.stem}"
+
+
 def imported(path: Path) -> set[str]:
     """The modules of adadelta_dist that a file imports, anywhere in it."""
     names = set()
+    package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = "adadelta_dist." * (node.level > 0) + (node.module or "")
-            names.update(f"{base.rstrip('.')}.{alias.name}" for alias in node.names)
-    parts = (name.split(".") for name in names)
-    return {part[1] for part in parts if part[0] == "adadelta_dist" and len(part) > 1}
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            names.update(".".join([*base, alias.name]) for alias in node.names)
+    parts = [name.split(".")[1:] for name in names if name.startswith("adadelta_dist.")]
+    return {".".join(part[: 1 + (part[0] in PARTS)]) for part in parts}
 
 
-@pytest.mark.parametrize("path", CORE, ids=[path.stem for path in CORE])
+@pytest.mark.parametrize("path", CORE, ids=name_of)
 def test_imports_run_one_way(path):
-    before = ORDER[: ORDER.index(path.stem)]
-    assert imported(path) <= set(before), f"{path.stem} may import {before} only"
+    before = ORDER[: ORDER.index(name_of(path))]
+    assert imported(path) <= set(before), f"{name_of(path)} may import {before} only"
 
 
 def test_the_imports_are_found():
     """Negative control for the test above."""
-    assert imported(ROOT / "adadelta_dist" / "sharded.py") >= {"reducer", "state", "collectives"}
+    package = ROOT / "adadelta_dist"
+    assert imported(package / "sharded.py") >= {"reducer", "state", "collectives"}
+    saved = imported(package / "checkpoints" / "saving.py")
+    assert saved >= {"collectives", "checkpoints.folder", "checkpoints.reading"}
     assert imported(Path(__file__)) == set()
 
 

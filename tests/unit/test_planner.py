@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adadelta_dist import ShardPolicy
-from adadelta_dist.model_plan import ModelPlan, Parameter, from_count, from_module
-from adadelta_dist.peers import PEERS, ddp, deepspeed, fsdp2, zero_redundancy
-from adadelta_dist.planner import (
+from adadelta_dist.planning.model_plan import ModelPlan, Parameter, from_count, from_module
+from adadelta_dist.planning.peers import PEERS, ddp, deepspeed, fsdp2, zero_redundancy
+from adadelta_dist.planning.planner import (
     Cluster,
     exchange,
     layout_of,

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from adadelta_dist.reading import SafeLoadPlanner, SafeReader, load_plain
+from adadelta_dist.checkpoints.reading import SafeLoadPlanner, SafeReader, load_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or")
 

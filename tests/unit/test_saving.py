@@ -22,10 +22,10 @@ from adadelta_dist import (
     load_checkpoint,
     save_checkpoint,
 )
+from adadelta_dist.checkpoints.named_state import named_state
+from adadelta_dist.checkpoints.saving import _own_share
 from adadelta_dist.functional import ACCUMULATORS
 from adadelta_dist.groups import Group
-from adadelta_dist.named_state import named_state
-from adadelta_dist.saving import _own_share
 
 ROOT = Path(__file__).parents[2]
 

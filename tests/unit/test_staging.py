@@ -4,7 +4,8 @@ import pytest
 import torch
 from checkpoints import build, train
 
-from adadelta_dist import async_save_checkpoint, load_checkpoint, staging
+from adadelta_dist import async_save_checkpoint, load_checkpoint
+from adadelta_dist.checkpoints import staging
 from adadelta_dist.flat_slice import FlatSlice
 from adadelta_dist.layout import Interval
 

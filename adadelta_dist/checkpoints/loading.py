@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+from ..adadelta import check_values
+from ..agreement import agreement, digest
+from ..groups import Group
 from . import folder
-from .adadelta import check_values
-from .agreement import agreement, digest
-from .groups import Group
 from .history import checkpoints_in
 from .matching import match
 from .named_state import group_of, named_state, optimizer_state_dict

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .functional import ACCUMULATORS
+from ..functional import ACCUMULATORS
 
 Keys = tuple[Any, ...]
 """Where a value lies in nested dicts and lists."""

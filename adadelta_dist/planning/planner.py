@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .layout import Bucket, ParamSpec, bucket_limit, plan_layout
+from ..layout import Bucket, ParamSpec, bucket_limit, plan_layout
+from ..policy import ShardPolicy
+from ..precision import Precision, precision_of
 from .model_plan import ModelPlan
-from .policy import ShardPolicy
-from .precision import Precision, precision_of
 
 KINDS = (
     "parameters",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .flat_slice import FlatSlice
+from ..flat_slice import FlatSlice
 
 _Kind = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from . import groups
-from .groups import Group
-from .state_dicts import StateDicts
+from .. import groups
+from ..groups import Group
+from ..state_dicts import StateDicts
 
 
 def group_of(optimizer: torch.optim.Optimizer) -> Group:

@@ -9,7 +9,7 @@ from math import isqrt, prod
 import torch
 from torch import nn
 
-from .content import Content
+from ..checkpoints.content import Content
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.)")
 _NUMEL_PER_CUBED_DEPTH = 12 * 128**2

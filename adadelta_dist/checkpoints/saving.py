@@ -18,10 +18,11 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.tensor import DTensor
 
-from . import collectives, folder, staging
-from .agreement import agreement
-from .flat_slice import FlatSlice
-from .groups import Group
+from .. import collectives
+from ..agreement import agreement
+from ..flat_slice import FlatSlice
+from ..groups import Group
+from . import folder, staging
 from .history import prune
 from .named_state import group_of, named_state
 from .reading import CheckpointError, as_checkpoint_error, load_plain

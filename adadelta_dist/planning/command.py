@@ -15,15 +15,15 @@ import typer
 from rich.filesize import decimal
 from torch import nn
 
+from ..checkpoints.folder import plain
+from ..checkpoints.sources import read
+from ..policy import ShardPolicy
+from ..terminal import errors, show_table
 from . import model_plan
-from .folder import plain
 from .model_plan import ModelPlan
 from .peers import PEERS
-from .plan_picture import draw
+from .picture import draw
 from .planner import KINDS, Cluster, Cost, sharded, smallest_world_size
-from .policy import ShardPolicy
-from .sources import read
-from .terminal import errors, show_table
 
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "b": 3, "t": 4}
 

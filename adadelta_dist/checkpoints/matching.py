@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim.optimizer import _get_scalar_dtype
 from torch.utils._pytree import tree_map_only
 
+from ..functional import ACCUMULATORS
 from .content import foreign_state
-from .functional import ACCUMULATORS
 from .reading import SafeReader
 from .sources import read
 
