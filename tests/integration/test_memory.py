@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_peak_memory_is_the_formulas():
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command = [*launcher, "2", "-m", "benchmarks.memory", "--layers", "30"]
+    command = [*launcher, "2", "-m", "benchmarks.memory", "--layers", "60"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
