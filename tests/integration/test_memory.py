@@ -9,12 +9,12 @@ from benchmarks import memory, ranks
 from benchmarks.peers import Peer, sharded
 from benchmarks.tasks import Perceptron, numel
 
-LARGE = Perceptron((1000,) * 31, batch=2)
+LARGE = Perceptron((1000,) * 61, batch=2)
 
 
 @pytest.fixture(scope="module")
 def used():
-    """By stage, each rank's bytes with 30 M parameters."""
+    """By stage, each rank's bytes with 60 M parameters."""
     stages = {
         stage: Peer("eager", partial(sharded, ShardPolicy(stage=stage), fused=False))
         for stage in (1, 2)

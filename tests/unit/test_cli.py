@@ -160,7 +160,7 @@ def test_on_a_terminal_there_is_a_table_and_a_bar(tmp_path, file):
 
 @pytest.mark.parametrize("name", ["typer", "rich.table"])
 def test_without_its_libraries_it_says_what_to_install(monkeypatch, name):
-    for module in ("cli", "cli_plan", "terminal"):
+    for module in ("cli", "planning.command", "terminal"):
         monkeypatch.delitem(sys.modules, f"adadelta_dist.{module}")
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit) as exit:
