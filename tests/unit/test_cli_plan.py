@@ -1,17 +1,14 @@
 """`adadelta-dist plan`: what it takes, what it prints, and how it says no."""
 
 import json
-import os
-import pty
 import re
-import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import build, save_dcp, save_torch
+from test_cli import on_terminal
 from typer.testing import CliRunner
 
 from adadelta_dist import ShardPolicy
@@ -165,20 +162,7 @@ def test_the_document_shows_what_is_printed():
 
 
 def test_on_a_terminal_there_are_tables():
-    here, there = pty.openpty()
-    code = "from adadelta_dist.cli import app; app(['plan', '25M'], standalone_mode=False)"
-    env = os.environ | {"COLUMNS": "120", "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-W", "error", "-c", code]
-    process = subprocess.Popen(command, cwd=root, env=env, stdout=there, stderr=there)
-    os.close(there)
-    shown = b""
-    with suppress(OSError):
-        while block := os.read(here, 2**16):
-            shown += block
-    os.close(here)
-    assert process.wait(60) == 0, shown.decode()
-    assert "│ FSDP2 " in shown.decode()
+    assert "│ FSDP2 " in on_terminal(("plan", "25M"))
 
 
 def test_a_picture_is_written(tmp_path):

@@ -15,6 +15,7 @@ from adadelta_dist.layout import (
     ParamSpec,
     Slot,
     boxes,
+    bucket_limit,
     plan_layout,
     storage_order,
 )
@@ -140,6 +141,12 @@ def test_a_rank_stores_its_share_and_little_padding(specs, world, limit):
         padded = sum(slot.numel for slot in bucket.slots) + (align - 1) * (len(bucket.slots) - 1)
         # 1 for the division by the ranks, align - 1 for the end of the shard.
         assert bucket.shard_numel <= padded / world + 1 + (align - 1)
+
+
+def test_buckets_are_limited_where_there_is_someone_to_send_to():
+    assert bucket_limit(1.5, 2) == 3 * 2**19
+    (bucket,) = plan_layout([ParamSpec(2**30, 4, ())] * 9, 1, bucket_limit(1.5, 1))
+    assert len(bucket.slots) == 9
 
 
 def test_one_large_parameter_is_cut_evenly():
