@@ -120,17 +120,23 @@ class FlatBucket:
         Raises:
             RuntimeError: a parameter has another shape, dtype or device by now.
         """
-        if self._param_places.hold(self.params):
-            return  # the common case, and a slow loop otherwise
+        try:
+            if self._param_places.hold(self.params):
+                return  # the common case, and a slow loop otherwise
+        except NotImplementedError:  # torch's, of tensors without memory
+            raise RuntimeError(
+                f"{self.names[0]} was {_described(self.params[0])} when ShardedAdadelta was built: it "
+                "has no values to step on. Build the optimizer last, after model.to_empty(...)."
+            ) from None
         for name, p, view in zip(self.names, self.params, self._param_views, strict=True):
-            if p.is_set_to(view):
-                continue
             if (p.shape, p.dtype, p.device) != (view.shape, view.dtype, view.device):
                 raise RuntimeError(
                     f"{name} was {_described(view)} when ShardedAdadelta was built and is "
                     f"{_described(p)} now. Build the optimizer last, after model.to(...), "
-                    ".half() and whatever else replaces parameters."
+                    ".half(), .to_empty() and whatever else replaces parameters."
                 )
+            if p.is_set_to(view):
+                continue
             check_warm(f"{name} was replaced, and is adopted")
             view.copy_(p.detach().clone())  # it may be another view of the same memory
             p.data = view

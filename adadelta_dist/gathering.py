@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from .buckets import FlatBucket
 from .collectives import Pending
 
+_READ_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules of torch that use their children's weights without calling them."""
+
 
 class Gathers:
     """What is under way: by bucket, the parameters that other ranks send."""
@@ -39,7 +42,7 @@ def attach(
     wait: Callable[[Sequence[FlatBucket]], None],
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Have each module wait for its own parameters before its forward, and before its state
-    is read or loaded.
+    is read or loaded; torch's attention for its children's as well.
 
     Raises:
         ValueError: the model has trainable parameters that are in no bucket.
@@ -54,7 +57,8 @@ def attach(
         )
     handles = []
     for module in model.modules():
-        own = [bucket_of[p] for p in module.parameters(recurse=False) if p in bucket_of]
+        read = module.parameters(recurse=isinstance(module, _READ_CHILDREN))
+        own = [bucket_of[p] for p in read if p in bucket_of]
         buckets = list(dict.fromkeys(own))
         if buckets:
 

@@ -111,14 +111,18 @@ class GradientReducer:
         self._warn_of_edits()  # last: where warnings are errors, it must not stop half-way
 
     def _check(self, error: Exception | None) -> Exception | None:
-        """The first error, if a parameter was moved or a gradient is sparse."""
+        """What is wrong here, if anything: parameters that were moved, or a sparse gradient, first.
+
+        They explain what else went wrong.
+        """
+        found: Exception | None = None
         for bucket in self.buckets:
             try:
                 bucket.reclaim_params()
                 bucket.check_grads()
             except RuntimeError as raised:
-                error = error or raised
-        return error
+                found = found or raised
+        return found or error
 
     def _agree(
         self, edits: list[bool], facts: Sequence[str], error: Exception | None

@@ -137,3 +137,32 @@ def load_while_others_arrive(rank):
 
 def test_what_is_loaded_is_not_overwritten_by_what_arrives_late(pool):
     assert pool(2).run(load_while_others_arrive) == [True, True]
+
+
+def attend(rank, training):
+    """An encoder layer, each of whose parameters has a bucket of its own, after a late step."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    policy = ShardPolicy(1e-6, overlap_gather=True, gather_dtype=torch.bfloat16)
+    optimizer = ShardedAdadelta(layer.parameters(), policy=policy)
+    optimizer.attach(layer)
+    layer(torch.ones(1, 3, 4)).square().sum().backward()
+    start = optimizer._gathers.start
+
+    def late(bucket):
+        time.sleep(0.05 * rank)
+        start(bucket)
+
+    optimizer._gathers.start = late
+    optimizer.step()
+    inputs = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    with torch.set_grad_enabled(training):
+        got = layer.train(training)(inputs)
+    optimizer.wait()
+    with torch.set_grad_enabled(training):
+        return torch.equal(got, layer(inputs))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_waits_for_what_it_takes_from_its_children(pool, training):
+    assert pool(2).run(attend, training) == [True, True]

@@ -220,6 +220,18 @@ def test_a_model_cast_after_construction_is_refused_with_the_remedy(change):
         optimizer.step()
 
 
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_model_made_real_after_construction_is_refused_with_the_remedy(fused):
+    with torch.device("meta"):
+        module = nn.Linear(2, 3)
+    optimizer = ShardedAdadelta(module.parameters(), fused=fused)
+    module.to_empty(device="cpu")
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="on meta when .* Build the optimizer last, after"):
+        optimizer.step()
+
+
 def test_a_parameter_cut_in_place_is_refused_with_the_remedy():
     p = nn.Parameter(torch.ones(4, 2))
     optimizer = ShardedAdadelta([p])
