@@ -125,8 +125,8 @@ class FlatBucket:
                 return  # the common case, and a slow loop otherwise
         except NotImplementedError:  # torch's, of tensors without memory
             raise RuntimeError(
-                f"{self.names[0]} was {_described(self.params[0])} when ShardedAdadelta was built: it "
-                "has no values to step on. Build the optimizer last, after model.to_empty(...)."
+                f"{self.names[0]} was {_described(self.params[0])} when ShardedAdadelta was built: "
+                "no values to step on. Build the optimizer last, after model.to_empty(...)."
             ) from None
         for name, p, view in zip(self.names, self.params, self._param_views, strict=True):
             if (p.shape, p.dtype, p.device) != (view.shape, view.dtype, view.device):

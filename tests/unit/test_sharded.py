@@ -228,7 +228,7 @@ def test_a_model_made_real_after_construction_is_refused_with_the_remedy(fused):
     module.to_empty(device="cpu")
     for p in module.parameters():
         p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="on meta when .* Build the optimizer last, after"):
+    with pytest.raises(RuntimeError, match=r"on meta when .* Build the optimizer last, after"):
         optimizer.step()
 
 
