@@ -22,8 +22,9 @@ PEERS = [
     *(f"DeepSpeed ZeRO-{stage}" for stage in (1, 2, 3)),
 ]
 HOLD = """
-import subprocess, time
+import signal, subprocess, time
 from benchmarks import namespaces
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 with namespaces.two_hosts() as hosts:
     worker = subprocess.Popen(namespaces.inside(hosts[0], ["sleep", "300"]))
     print(worker.pid, flush=True)
@@ -80,7 +81,10 @@ def test_namespaces_and_what_runs_in_them_vanish_however_a_run_ends(how):
     namespaces.remove_leftovers()  # of others: a living run is let alone
     assert any(line.startswith(name) for line in our_namespaces())
     run.send_signal(how)
-    run.wait()
+    try:
+        run.wait(timeout=60)
+    finally:
+        run.kill()
     run.stdout.close()
     if how == signal.SIGKILL:
         namespaces.remove_leftovers()
