@@ -8,8 +8,7 @@ and lets `p.grad` be a view there.
 
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import repeat
-from operator import is_, is_not
+from operator import is_
 from typing import Any
 
 import torch
@@ -76,8 +75,10 @@ class FlatBucket:
         self._param_views = self.views_of(self.flat_param)
         self._places = [] if self.flat_grad is None else self.views_of(self.flat_grad)
         self._param_places, self._grad_places = Places(self._param_views), Places(self._places)
-        self._lent: list[Tensor | None] = [None] * len(params)
+        # Made at once, they lie side by side in memory too, which makes them quick to go through.
+        self._lent = [place.detach() for place in self._places]
         self._is_zero = [True] * len(params)
+        self._grads: list[Tensor | None] = []
         self._seen: list[Tensor | None] = []
         self._seen_versions: list[int] = []
         self._in_place = False  # all that was seen, in flat memory
@@ -151,7 +152,7 @@ class FlatBucket:
         if not grad.is_set_to(place):
             self._take_back(i)
             place.copy_(grad)
-            self._lent[i] = self.params[i].grad = place.view_as(place)
+            self.params[i].grad = self._lent[i]
             self._is_zero[i] = False
         return True
 
@@ -159,11 +160,14 @@ class FlatBucket:
         """Bring all gradients into flat memory and start their reduction. Collective.
 
         Args:
-            in_backward: the user may still change gradients before the step, perhaps through
-                `.data` or numpy, which no version counter sees: keep a checksum.
+            in_backward: rather than right after `check_grads`. The user may still change
+                gradients before the step, perhaps through `.data` or numpy, which no version
+                counter sees: keep a checksum.
         """
         self.reduction.wait()
-        self._seen = [p.grad for p in self.params]
+        if in_backward:
+            self._grads = [p.grad for p in self.params]
+        self._seen = self._grads
         self._in_place = self._are_in_place(self._seen)
         if self._in_place:
             self._is_zero = [False] * len(self._seen)
@@ -201,15 +205,14 @@ class FlatBucket:
         return collectives.all_gather(self.group, self.flat_param, self.precision.gather)
 
     def is_current(self) -> bool:
-        """Whether the gradients are still those that were launched."""
+        """Whether the gradients were at the last `check_grads` still those that were launched."""
         flat = self.flat_grad
         if flat is not None and flat._version != self._version:
             return False
-        grads = [p.grad for p in self.params]
         same = (
-            self._are_in_place(grads)
+            self._are_in_place(self._grads)
             if self._in_place
-            else all(map(self._is_as_seen, range(len(grads)), grads))
+            else all(map(self._is_as_seen, range(len(self._grads)), self._grads))
         )
         if not same or flat is None or self._checksum is None:
             return same
@@ -219,22 +222,24 @@ class FlatBucket:
         """Begin a new iteration."""
         self.launched, self.accumulating = False, False
         self.ready.clear()
-        self._seen, self._seen_versions = [], []
+        self._grads, self._seen, self._seen_versions = [], [], []
 
     def check_grads(self) -> None:
-        """Take note which gradients are here; raise torch's error if one is sparse."""
-        grads = [p.grad for p in self.params]
+        """Take note of the gradients that are here; raise torch's error if one is sparse."""
+        grads = self._grads = [p.grad for p in self.params]
         self._had_gradients = [grad is not None for grad in grads]
-        if all(map(is_, grads, self._lent)):
+        if self._lent and all(map(is_, grads, self._lent)):
             return  # the common case: they are dense as we made them
         if any(grad is not None and grad.layout != torch.strided for grad in grads):
             raise RuntimeError("Adadelta does not support sparse gradients")
 
     def _are_in_place(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether there is a gradient for every slot, and all are in flat memory."""
-        if all(map(is_, grads, self._lent)) and all(map(is_not, grads, repeat(None))):
+        if not self._places:
+            return False
+        if all(map(is_, grads, self._lent)):
             return self._grad_places.hold(grads)  # type: ignore[arg-type]
-        return bool(self._places) and all(map(_is_set_to, grads, self._places))
+        return all(map(_is_set_to, grads, self._places))
 
     def _is_as_seen(self, i: int, grad: Tensor | None) -> bool:
         """Whether the gradient of slot `i` is still what was launched."""
@@ -254,7 +259,8 @@ class FlatBucket:
         """
         if grad is None or grad.layout != torch.strided:
             if not self._is_zero[i]:
-                self._take_back(i)
+                if self._places:
+                    self._take_back(i)
                 self._place(i).zero_()
                 self._is_zero[i] = True
             return -1
@@ -271,10 +277,15 @@ class FlatBucket:
         return grad._version
 
     def _take_back(self, i: int) -> None:
-        """Before flat memory is written: an old gradient that someone holds keeps its values."""
-        lent, self._lent[i] = self._lent[i], None
-        if lent is not None and _references(lent) > _OURS_ALONE:
+        """Before flat memory is written: an old gradient that someone holds keeps its values.
+
+        What nobody holds is lent again.
+        """
+        place, lent = self._places[i], self._lent[i]
+        if _references(lent) > _OURS_ALONE:
             lent.data = lent.clone()
+        if lent.requires_grad or not lent.is_set_to(place):
+            self._lent[i] = place.detach()
 
     def _place(self, i: int) -> Tensor:
         """Where the gradient of slot `i` goes: all of it, or what this rank owns of it."""
@@ -297,7 +308,8 @@ def _references(tensor: Tensor) -> int:
 
 
 def _count_ours() -> int:
-    lent = torch.empty(0)
+    ours = [torch.empty(0)]
+    lent = ours[0]
     return _references(lent)
 
 

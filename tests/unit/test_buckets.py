@@ -38,6 +38,16 @@ def bucket_of(*tensors, averaged=False):
     return bucket, params
 
 
+def launch(bucket):
+    bucket.check_grads()
+    bucket.launch()
+
+
+def is_current(bucket):
+    bucket.check_grads()
+    return bucket.is_current()
+
+
 @pytest.mark.parametrize("make", TENSORS.values(), ids=TENSORS)
 def test_flattening_follows_memory_and_unflattening_is_its_inverse(make):
     tensor = make()
@@ -141,6 +151,50 @@ def test_take_moves_a_gradient_into_flat_memory():
     assert bool((p.grad == 5).all())
 
 
+def lent_again(use):
+    """The gradient that a bucket lends after one that was used so and set to None, and that."""
+    bucket, (p,) = bucket_of(torch.zeros(2, 2))
+    p.grad = torch.arange(4.0).view(2, 2)
+    bucket.take(0)
+    used = use(p)
+    p.grad = torch.full((2, 2), 7.0)
+    bucket.take(0)
+    assert p.grad.tolist() == [[7, 7], [7, 7]]
+    assert p.grad.untyped_storage().data_ptr() == bucket.flat_grad.data_ptr()
+    bucket.flat_grad.zero_()
+    assert not p.grad.any()
+    assert not p.grad.requires_grad
+    return p.grad, used
+
+
+def test_a_gradient_that_nobody_holds_is_lent_again():
+    grad, used = lent_again(lambda p: id(p.grad))
+    assert id(grad) == used
+
+
+def test_a_gradient_that_somebody_holds_keeps_its_values():
+    grad, held = lent_again(lambda p: p.grad)
+    assert held.tolist() == [[0, 1], [2, 3]]
+    assert held is not grad
+
+
+def transpose(p):
+    p.grad.data = p.grad.data.t()
+
+
+def replace(p):
+    p.grad.data = torch.ones(2, 2)
+
+
+def multiply(p):
+    p.grad.mul_(torch.ones((), requires_grad=True))
+
+
+@pytest.mark.parametrize("use", [transpose, replace, multiply])
+def test_a_gradient_that_was_changed_beyond_its_values_is_not_lent_again(use):
+    lent_again(use)
+
+
 @pytest.mark.parametrize(
     "grad",
     [
@@ -157,8 +211,9 @@ def test_take_leaves_what_must_stay(grad):
     assert p.grad is grad
 
 
-def test_a_sparse_gradient_is_torchs_error():
-    bucket, (p,) = bucket_of(torch.zeros(3))
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_sparse_gradient_is_torchs_error(averaged):
+    bucket, (p,) = bucket_of(torch.zeros(3), averaged=averaged)
     bucket.check_grads()
     p.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True)
     with pytest.raises(RuntimeError, match="Adadelta does not support sparse gradients"):
@@ -169,12 +224,12 @@ def test_a_sparse_gradient_is_torchs_error():
 def test_launch_collects_gradients_and_zeros_for_those_that_are_gone(averaged):
     bucket, (p, q) = bucket_of(torch.zeros(4), torch.zeros(4), averaged=averaged)
     p.grad, q.grad = torch.full((4,), 1.0), torch.full((4,), 2.0)
-    bucket.launch()
+    launch(bucket)
     bucket.wait()
     assert bucket.grad_shard.tolist() == [2.0] * 4 + [1.0] * 4
     bucket.reset()
     p.grad = None
-    bucket.launch()
+    launch(bucket)
     assert bucket.grad_shard.tolist() == [2.0] * 4 + [0.0] * 4
 
 
@@ -182,7 +237,7 @@ def test_launch_collects_gradients_and_zeros_for_those_that_are_gone(averaged):
 def test_gradients_are_collected_in_memory_order(averaged):
     bucket, (p,) = bucket_of(torch.zeros(2, 4).t(), averaged=averaged)
     p.grad = torch.arange(8.0).view(4, 2)
-    bucket.launch()
+    launch(bucket)
     assert bucket.grad_shard.tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
 
 
@@ -202,11 +257,11 @@ def test_edits_after_the_launch_are_noticed(edit, taken, averaged):
     if taken and not averaged:
         for i in range(2):
             bucket.take(i)
-    bucket.launch()
-    assert bucket.is_current()
+    launch(bucket)
+    assert is_current(bucket)
     if edit is not None:
         edit(p)
-    assert bucket.is_current() == (edit is None)
+    assert is_current(bucket) == (edit is None)
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (4,)], ids=["matrix", "vector"])
@@ -215,12 +270,12 @@ def test_a_gradient_of_other_data_is_noticed(change, shape):
     bucket, (p, q) = bucket_of(torch.zeros(shape), torch.zeros(5))
     p.grad, q.grad = torch.arange(4.0).view(shape), torch.ones(5)
     bucket.take(0), bucket.take(1)
-    bucket.launch()
-    assert bucket.is_current()
+    launch(bucket)
+    assert is_current(bucket)
     before = p.grad.tolist()
     p.grad.data = change(p.grad.data)  # its identity and version stay
-    assert bucket.is_current() == (p.grad.tolist() == before)  # a vector is its own transpose
-    bucket.launch()
+    assert is_current(bucket) == (p.grad.tolist() == before)  # a vector is its own transpose
+    launch(bucket)
     assert bucket.grad_shard[8:].tolist() == p.grad.flatten().tolist()
 
 
@@ -228,9 +283,9 @@ def test_a_gradient_of_other_data_is_noticed(change, shape):
 def test_a_gradient_that_appears_after_the_launch_is_noticed(averaged):
     bucket, (p, q) = bucket_of(torch.zeros(3), torch.zeros(5), averaged=averaged)
     q.grad = torch.ones(5)
-    bucket.launch()
+    launch(bucket)
     p.grad = torch.ones(3)
-    assert not bucket.is_current()
+    assert not is_current(bucket)
 
 
 def test_a_bucket_is_full_when_every_trainable_parameter_is_ready():
