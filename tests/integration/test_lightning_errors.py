@@ -51,7 +51,7 @@ CASES = {
     "NCCL on CPUs": (
         Job(strategy={"process_group_backend": "nccl"}),
         ["ValueError", "ValueError"],
-        "this Trainer uses CPUs",
+        "this job uses CPUs",
     ),
     "no such checkpoint": (
         Job(resume="nowhere.ckpt"),
