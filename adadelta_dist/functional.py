@@ -86,14 +86,17 @@ def eager_flat_(entry: Entry, group: Mapping[str, Any], inverse_scale: float = 1
     """`eager_` on flat tensors [numel], in pieces whose temporaries fit the cache.
 
     Args:
-        inverse_scale: what the gradients are multiplied by first, in place.
+        inverse_scale: what the gradients are multiplied by first; they stay as they are.
     """
-    if inverse_scale != 1.0:
-        entry[1].mul_(inverse_scale)
-    params, grads, square_avgs, acc_deltas = (t.split(EAGER_PIECE_NUMEL) for t in entry)
     step_device = entry[0].device if group["capturable"] else "cpu"
     step = torch.zeros((), dtype=_get_scalar_dtype(), device=step_device)
-    eager_(params, grads, square_avgs, acc_deltas, [step] * len(params), group)
+    params, grads, square_avgs, acc_deltas = (t.split(EAGER_PIECE_NUMEL) for t in entry)
+    if inverse_scale == 1.0:
+        eager_(params, grads, square_avgs, acc_deltas, [step] * len(params), group)
+        return
+    for piece in zip(params, grads, square_avgs, acc_deltas, strict=True):
+        param, grad, square_avg, acc_delta = piece
+        eager_([param], [grad * inverse_scale], [square_avg], [acc_delta], [step], group)
 
 
 def fused_(entries: Iterable[Entry], group: Mapping[str, Any], inverse_scale: float = 1.0) -> None:

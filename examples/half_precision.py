@@ -26,28 +26,33 @@ from adadelta_dist import ShardedAdadelta, ShardPolicy
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the picture; without a policy torch.optim.Adadelta, on one rank."""
+    """One line of the picture; without a policy torch.optim.Adadelta, on one rank.
+
+    Args:
+        style: of the line; `size` of its hollow markers, one within the other where lines meet.
+    """
 
     dtype: torch.dtype
     policy: ShardPolicy | None
     style: str
+    size: float
 
 
 BF16 = torch.bfloat16
 VARIANTS = {
-    "float32, torch.optim.Adadelta": Variant(torch.float32, None, "k-"),
-    "bfloat16, masters": Variant(BF16, ShardPolicy(), "C0o-"),
+    "float32, torch.optim.Adadelta": Variant(torch.float32, None, "ko-", 15),
+    "bfloat16, masters": Variant(BF16, ShardPolicy(), "C0o-", 11),
     "bfloat16, masters, bfloat16 accumulators": Variant(
-        BF16, ShardPolicy(state_dtype=BF16), "C4v-"
+        BF16, ShardPolicy(state_dtype=BF16), "C4o-", 7
     ),
     "bfloat16, no masters, stochastic rounding": Variant(
-        BF16, ShardPolicy(stochastic_rounding=True), "C2s-"
+        BF16, ShardPolicy(stochastic_rounding=True), "C2D-", 4
     ),
     "bfloat16, no masters, rounded to nearest": Variant(
-        BF16, ShardPolicy(master_weights=False), "C3x-"
+        BF16, ShardPolicy(master_weights=False), "C3x-", 7
     ),
     "float32, bfloat16 accumulators": Variant(
-        torch.float32, ShardPolicy(state_dtype=BF16), "C1^--"
+        torch.float32, ShardPolicy(state_dtype=BF16), "C1+-", 5
     ),
 }
 
@@ -123,7 +128,8 @@ def draw(errors: dict[str, list[float]], title: str, path: Path) -> None:
     axes = figure.subplots()
     for name, values in errors.items():
         at = range(1, len(values) + 1)
-        axes.plot(at, values, VARIANTS[name].style, ms=4, lw=1.4, label=f"{name}: {values[-1]:.2f}")
+        style, label = VARIANTS[name].style, f"{name}: {values[-1]:.2f}"
+        axes.plot(at, values, style, ms=VARIANTS[name].size, mfc="none", lw=1, label=label)
     axes.set(title=f"{title}: test error", xlabel="epoch", ylabel="wrong answers (%)")
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

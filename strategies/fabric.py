@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from adadelta_dist import ShardedAdadelta, ShardPolicy, groups
 
 from . import clipping, conversion
+from .backend import check_backend
 from .broadcast import BufferBroadcast, broadcast_module_
 from .frameworks import fabric
 
@@ -48,6 +49,7 @@ class ShardedAdadeltaFabricStrategy(fabric.strategies.ddp.DDPStrategy):
             process_group_backend, timeout, start_method: as Fabric's `DDPStrategy`.
 
     Raises:
+        ValueError: NCCL without CUDA devices.
         TypeError: on every rank, if `setup` is given another optimizer.
     """
 
@@ -78,6 +80,11 @@ class ShardedAdadeltaFabricStrategy(fabric.strategies.ddp.DDPStrategy):
         self._backward_sync_control = _NoSync(self)
         self._sharded: list[ShardedAdadelta] = []
         self._blocked = False
+
+    def setup_environment(self) -> None:
+        """Initialise the process group."""
+        check_backend(self.root_device, self._get_process_group_backend())
+        super().setup_environment()
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any = None

@@ -19,6 +19,7 @@ from adadelta_dist import ShardPolicy, groups
 from adadelta_dist.agreement import agreement
 
 from . import clipping, conversion, sharded_checkpoint
+from .backend import check_backend
 from .broadcast import BufferBroadcast, broadcast_module_
 from .frameworks import fabric, pl
 from .meeting import MeetingOnException
@@ -91,12 +92,7 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
 
     def setup_distributed(self) -> None:
         """Initialise the process group."""
-        backend = self._get_process_group_backend()
-        if self.root_device.type == "cpu" and backend == "nccl":
-            raise ValueError(
-                "process_group_backend='nccl' sends from CUDA devices, and this Trainer uses CPUs. "
-                "Leave it out, or pass Trainer(accelerator='cuda')."
-            )
+        check_backend(self.root_device, self._get_process_group_backend())
         super().setup_distributed()
 
     def setup(self, trainer: "pl.Trainer") -> None:

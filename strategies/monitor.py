@@ -49,6 +49,7 @@ class AdadeltaMonitor(pl.callbacks.Callback):
         self._skipped = self._step = 0
         self._attempted = False
         self._handles: list[Any] = []
+        self._skips: dict[Optimizer, int] = {}
         self._rows: dict[str, int] | None = None
         self._row_of: dict[Any, int] = {}
         self._sums = torch.zeros(0)
@@ -66,6 +67,7 @@ class AdadeltaMonitor(pl.callbacks.Callback):
                     "step: use stage=1, or leave the monitor out."
                 )
             self._partitioned |= partitioned
+            self._skips[optimizer] = getattr(optimizer, "skipped_steps", 0)
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
@@ -93,9 +95,7 @@ class AdadeltaMonitor(pl.callbacks.Callback):
         sums, self._before = self._sums.to(trainer.strategy.root_device), {}
         if self._partitioned:
             sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        within = (innermost(wrapped)[0] for wrapped in trainer.optimizers)
-        skipped = self._skipped + sum(getattr(o, "skipped_steps", 0) for o in within)
-        self.latest = self._values(sums.cpu(), skipped)
+        self.latest = self._values(sums.cpu())
         self._rows = None
         for logger in trainer.loggers:
             logger.log_metrics(self.latest, step=self._step)
@@ -107,7 +107,8 @@ class AdadeltaMonitor(pl.callbacks.Callback):
         """Remove the hooks."""
         while self._handles:
             self._handles.pop().remove()
-        self._rows, self._before, self._attempted = None, {}, False
+        self._rows, self._attempted = None, False
+        self._before, self._skips = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """The number of skipped steps."""
@@ -139,6 +140,11 @@ class AdadeltaMonitor(pl.callbacks.Callback):
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._attempted = False
+        skips = getattr(optimizer, "skipped_steps", 0)
+        if skips > self._skips.get(optimizer, 0):  # hooks run, and nothing has happened
+            self._skips[optimizer], self._skipped = skips, self._skipped + 1
+            self._before.pop(optimizer, None)
+            return
         if self._rows is None:
             return
         for piece, before in zip(pieces(optimizer), self._before[optimizer], strict=True):
@@ -151,11 +157,11 @@ class AdadeltaMonitor(pl.callbacks.Callback):
                 if row is not None:
                     self._sums[row] += torch.tensor(squares, dtype=torch.float64)
 
-    def _values(self, sums: Tensor, skipped: int) -> dict[str, float]:
+    def _values(self, sums: Tensor) -> dict[str, float]:
         assert self._rows is not None
         values = {
             "adadelta/gradient_norm": sums[: self._groups, 0].sum().sqrt().item(),
-            "adadelta/skipped_steps": float(skipped),
+            "adadelta/skipped_steps": float(self._skipped),
         }
         for name, row in self._rows.items():
             values |= _of_row(f"adadelta/{name}", sums[row].tolist())

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adadelta_dist import ShardedAdadelta
+from adadelta_dist import ShardedAdadelta, scaling
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,14 @@ def pieces(optimizer: Optimizer) -> Iterator[Piece]:
             for p in group["params"]:
                 yield Piece(group, p, p.detach(), p.grad)
         return
+    unscaled = scaling.inverse_scale(optimizer)  # the shards stay as a scaler has made them
     for bucket in optimizer._reducer.buckets:
         group, rank = optimizer.param_groups[bucket.group_index], bucket.group.rank
         for slot, param, present in zip(
             bucket.plan.slots, bucket.params, bucket.present, strict=True
         ):
             at = bucket.plan.place(slot, rank)
-            grad = bucket.grad_shard[at.start : at.stop] if present else None
+            grad = bucket.grad_shard[at.start : at.stop] * unscaled if present else None
             yield Piece(group, param, bucket.own_param[at.start : at.stop], grad)
 
 

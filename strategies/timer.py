@@ -95,10 +95,13 @@ class _Clock:
         if isinstance(optimizer, ShardedAdadelta) and optimizer._shards:
             self._wrap(optimizer._reducer, "reduce", self._timed)
             for bucket in optimizer._reducer.buckets:
-                sent = bucket.own_param.nbytes * (bucket.group.world_size - 1)
+                numel = bucket.own_param.numel() * (bucket.group.world_size - 1)
+                reduced = partial(self._counted, sent=numel * bucket.precision.reduce.itemsize)
+                gathered = numel * bucket.precision.gather.itemsize
                 self._wrap(bucket, "wait", self._timed)
-                self._wrap(bucket, "launch", partial(self._counted, sent=sent))
-                self._wrap(bucket, "gather", partial(self._gathering, sent=sent))
+                self._wrap(bucket.reduction, "start", reduced)
+                self._wrap(bucket.reduction, "start_adding", reduced)
+                self._wrap(bucket, "gather", partial(self._gathering, sent=gathered))
 
     def remove(self) -> None:
         """Undo the wrapping."""

@@ -10,11 +10,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from adadelta_dist import Adadelta, ShardedAdadelta, ShardPolicy
+from adadelta_dist import Adadelta, ShardedAdadelta, ShardPolicy, collectives
 
 ROOT = Path(__file__).parents[2]
 GLOBAL_BATCH, BATCHES, INPUTS, CLASSES = 12, 8, 20, 5
@@ -36,6 +38,7 @@ REMARKS = [
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # torch's, of Lightning's calls
     r".*callbacks used to create the checkpoint need to be provided.*",  # no further saving
     r"The \.grad attribute of a Tensor that is not a leaf.*",  # torch's compiler looks, in a logger
+    r".*recommended to use `self\.log\('apart', .*sync_dist=True.*",  # without it, on purpose
     r".*Using ModelCheckpoint with manual optimization.*",  # state after the step is meant
 ]
 
@@ -311,6 +314,19 @@ def run(rank: int, world_size: int, job: Job) -> dict[str, Any]:
     """Run the job on this rank of a pool."""
     become_rank(rank, world_size)
     return _run(world_size, job)
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """The bytes of each message of gradients or parameters that leaves this rank."""
+    sent, send = [], collectives._send
+
+    def spy(group: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.nbytes)
+        return send(group, tensor, *args, **kwargs)
+
+    with mock.patch.object(collectives, "_send", spy):
+        yield sent
 
 
 def fail(rank: int, world_size: int, job: Job) -> tuple[str, str]:

@@ -1,12 +1,16 @@
 """Callbacks see the same with a sharded optimizer as with torch's, and leave nothing behind."""
 
 import math
+import time
+from itertools import islice
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning_jobs import Job, run, run_alone
+from lightning_jobs import Job, loader, make_module, run, run_alone
 from ranks import RankFailure
+
+from adadelta_dist import ShardedAdadelta, ShardPolicy
 
 EVERY = 2
 
@@ -22,8 +26,13 @@ class Capture(pl.loggers.logger.DummyLogger):
         self.rows.append((step, dict(metrics)))
 
 
-def watched(rank, world_size, job, names):
-    """Run a job with callbacks; returns what they logged, and what is left of their hooks."""
+def watched(rank, world_size, job, names, more=()):
+    """Run a job with callbacks; returns what they logged, and what is left of their hooks.
+
+    Args:
+        names: arguments of ours, by name.
+        more: callbacks of the test, which come first.
+    """
     from adadelta_dist.strategies import callbacks
 
     logger = Capture()
@@ -31,6 +40,9 @@ def watched(rank, world_size, job, names):
     seen = {}
 
     class Last(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen["bar"] = dict(trainer.progress_bar_metrics)
+
         def on_train_end(self, trainer, module):
             optimizers = [getattr(o, "_optimizer", o) for o in trainer.optimizers]
             seen["groups"] = [
@@ -40,7 +52,7 @@ def watched(rank, world_size, job, names):
             ]
             seen["optimizers"] = optimizers
 
-    arguments = {"logger": logger, "callbacks": [*made, Last()]}
+    arguments = {"logger": logger, "callbacks": [*more, *made, Last()]}
     arguments["log_every_n_steps"] = 1
     job = Job(**{**vars(job), "trainer": job.trainer | arguments})
     result = run_alone(job) if rank is None else run(rank, world_size, job)
@@ -57,7 +69,7 @@ def watched(rank, world_size, job, names):
             for name, value in vars(c).items()
             if not name.startswith("_") and not callable(value)
         }
-        for c in made
+        for c in [*more, *made]
     }
     return seen | {"rows": rows, "left": left, "states": states, "kept": kept, **result}
 
@@ -84,6 +96,12 @@ def test_the_monitor_sees_what_it_sees_in_one_process(pool, case):
         assert ours["adadelta/gradient_norm"] > 0
         assert {"adadelta/group_1/effective_lr", "adadelta/body.0/update_rms"} <= ours.keys()
     assert zero["kept"]["AdadeltaMonitor"]["latest"] == one["kept"]["AdadeltaMonitor"]["latest"]
+    for rank in (zero, one):
+        latest = rank["kept"]["AdadeltaMonitor"]["latest"]
+        shown = {"adadelta/gradient_norm", "adadelta/group_1/effective_lr"}
+        assert {key: rank["bar"][key] for key in shown} == pytest.approx(
+            {key: latest[key] for key in shown}
+        )
     assert (zero["left"], one["left"], alone["left"]) == (0, 0, 0)
 
 
@@ -95,18 +113,102 @@ def test_other_optimizers_are_seen_alike(pool, optimizer, strategy):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_the_monitor_knows_what_adadelta_did():
-    """Against the formula: RMS of what the first step adds, by hand."""
-    rows = watched(None, 1, Job(), MONITOR)["rows"]
-    first = rows[0][1]
-    norm = sum(
-        first[f"adadelta/group_{g}/gradient_rms"] ** 2 * numel
-        for g, numel in enumerate((20 * 16 + 16, 16 * 5 + 5 + 20 * 5))
-    )
-    assert first["adadelta/gradient_norm"] == pytest.approx(math.sqrt(norm), rel=1e-6)
-    for key in ("group_0", "group_1", "head"):
-        ratio = first[f"adadelta/{key}/update_rms"] / first[f"adadelta/{key}/gradient_rms"]
-        assert first[f"adadelta/{key}/effective_lr"] == pytest.approx(ratio)
+def by_hand(steps):
+    """What the monitor is to log at each step: the paper's equations, and root mean squares."""
+    module = make_module(Job(), 1)
+    rate_of = dict.fromkeys(module.parameters(), 1.0) | dict.fromkeys(module.body.parameters(), 0.7)
+    parts = {"group_0": module.body, "group_1": torch.nn.ModuleList([module.head, module.extra])}
+    parts |= {"body.0": module.body[0], "head": module.head, "extra": module.extra}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    square_avg, acc_delta = ({p: torch.zeros_like(p) for p in trained} for _ in range(2))
+    for batch in islice(2 * list(loader(1)), steps):
+        found = torch.autograd.grad(module.loss(batch), trained)
+        gradients = dict(zip(trained, found, strict=True))
+        updates = {}
+        for p, gradient in gradients.items():
+            decayed = gradient + 1e-3 * p.detach()
+            square_avg[p] = 0.95 * square_avg[p] + 0.05 * decayed**2
+            delta = ((acc_delta[p] + 1e-6) / (square_avg[p] + 1e-6)).sqrt() * decayed
+            acc_delta[p] = 0.95 * acc_delta[p] + 0.05 * delta**2
+            updates[p] = rate_of[p] * delta
+            p.data -= updates[p]
+        row = {"adadelta/skipped_steps": 0.0}
+        row["adadelta/gradient_norm"] = sum(g.square().sum() for g in gradients.values()).sqrt()
+        for name, part in parts.items():
+            gradient, update = (
+                torch.cat([of[p].flatten() for p in part.parameters()]).square().mean().sqrt()
+                for of in (gradients, updates)
+            )
+            row[f"adadelta/{name}/gradient_rms"] = gradient
+            row[f"adadelta/{name}/update_rms"] = update
+            row[f"adadelta/{name}/effective_lr"] = update / gradient
+        yield {key: float(value) for key, value in row.items()}
+
+
+def test_the_monitor_knows_what_adadelta_did(pool):
+    wanted = list(by_hand(16))[::EVERY]
+    for rank in pool(2).run(watched, 2, Job(), MONITOR):
+        rows = [row for _, row in rank["rows"]]
+        assert rows == [pytest.approx(row, rel=1e-4) for row in wanted]
+
+
+class Reductions(pl.Callback):
+    """How often the strategy reduces anything during fit, whoever asks for it."""
+
+    count = 0
+
+    def on_train_start(self, trainer, module):
+        reduce, self.count = trainer.strategy.reduce, 0
+
+        def counted(*args, **kwargs):
+            self.count += 1
+            return reduce(*args, **kwargs)
+
+        trainer.strategy.reduce = counted
+
+
+def test_one_reduction_carries_all_that_the_monitor_logs(pool):
+    counts = [
+        pool(2).run(watched, 2, Job(), names, [Reductions()])[0]["kept"]["Reductions"]["count"]
+        for names in ({}, MONITOR)
+    ]
+    assert counts[1] - counts[0] == 16 // EVERY
+
+
+def test_the_monitor_leaves_out_steps_that_a_scaler_skips(pool):
+    """The first scale is so large that gradients overflow. Those of two ranks, on half of a
+    batch each, do at other steps than one process's.
+    """
+    job = Job(trainer={"precision": "16-mixed", "gradient_clip_val": 0.05})
+    alone = watched(None, 1, job, MONITOR)
+    for watcher in (alone, *pool(2).run(watched, 2, job, MONITOR)):
+        rows = [row for _, row in watcher["rows"]]
+        assert rows[0]["adadelta/skipped_steps"] > 1
+        for row in rows:
+            assert row["adadelta/gradient_norm"] == pytest.approx(0.05, rel=1e-3)
+            assert row["adadelta/group_0/update_rms"] > 0
+        skipped = watcher["states"]["AdadeltaMonitor"]["skipped"]
+        assert len({step for step, _ in watcher["rows"]}) == len(rows)
+        assert rows[-1]["adadelta/skipped_steps"] <= skipped < 16
+
+
+def scaled(rank, fused):
+    """The gradients that a hook after a step sees, and what was skipped before it."""
+    from adadelta_dist.strategies.pieces import pieces
+
+    p = torch.nn.Parameter(torch.ones(64))
+    optimizer, seen = ShardedAdadelta([p], fused=fused), []
+    optimizer.register_step_post_hook(lambda *_: seen.extend(g.grad for g in pieces(optimizer)))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((p * (1.0 + rank)).sum()).backward()
+    scaler.step(optimizer)
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_hooks_see_gradients_that_are_unscaled(pool, fused):
+    for gradients in pool(2).run(scaled, fused, deadline=240):
+        assert torch.equal(gradients, torch.full((32,), 1.5))
 
 
 @pytest.mark.parametrize("strategy", [{}, "ddp"])
@@ -124,6 +226,54 @@ def test_the_timer_splits_a_step(pool, strategy):
         else:
             assert row["step/bytes_sent"] == row["step/reduce_wait_ms"] == 0
     assert zero["left"] == 0
+
+
+class Late(pl.Callback):
+    """Rank 1 comes late to its step, or to what it sends of the new parameters."""
+
+    SECONDS = 0.4
+
+    def __init__(self, where):
+        self.where = where
+
+    def on_train_start(self, trainer, module):
+        (optimizer,) = (o._optimizer for o in trainer.strategy._lightning_optimizers)
+        start = optimizer._gathers.start
+
+        def late(bucket):
+            if trainer.global_rank == 1 and self.where == "gather":
+                time.sleep(self.SECONDS / len(optimizer._shards))
+            start(bucket)
+
+        optimizer._gathers.start = late
+
+    def on_before_optimizer_step(self, trainer, *_):
+        if trainer.global_rank == 1 and self.where == "reduce":
+            time.sleep(self.SECONDS)
+
+
+@pytest.mark.parametrize("where", ["reduce", "gather"])
+def test_the_timer_tells_waits_apart(pool, where):
+    job = Job(trainer={"max_epochs": 1, "limit_train_batches": 2})
+    timer = {"StepTimer": {"every_n_steps": 2}}
+    zero, _ = pool(2).run(watched, 2, job, timer, [Late(where)])
+    ((_, row),) = zero["rows"]
+    waited = row.pop(f"step/{where}_wait_ms")
+    assert waited > 0.9 * 1000 * Late.SECONDS
+    assert all(row[key] < waited / 2 for key in row if key.endswith("_ms")), "the rest is quick"
+
+
+def test_the_timer_counts_what_travels(pool):
+    """Half as much in half the precision; nothing of gradients that DDP has averaged."""
+    timer = {"StepTimer": {"every_n_steps": 8}}
+    half = ShardPolicy(reduce_dtype=torch.bfloat16, gather_dtype=torch.bfloat16)
+
+    def sent(job):
+        return pool(2).run(watched, 2, job, timer)[0]["rows"][0][1]["step/bytes_sent"]
+
+    whole = sent(Job())
+    assert sent(Job(strategy={"policy": half})) == whole / 2
+    assert sent(Job(strategy="ddp", optimizer="Sharded averaged")) == whole / 2
 
 
 def test_the_monitor_leaves_out_what_was_no_number_before():
@@ -236,6 +386,21 @@ def test_decays_follow_validation_on_all_ranks(pool):
     for rank in ranks:
         assert rank["groups"] == alone["groups"]
         assert rank["states"] == ranks[0]["states"]
+
+
+class LogsApart(pl.Callback):
+    """A metric that improves on rank 0 and gets worse on rank 1, by more; nobody reduces it."""
+
+    def on_validation_epoch_end(self, trainer, module):
+        module.log("apart", (-1.0, 2.0)[trainer.global_rank] * trainer.current_epoch)
+
+
+def test_ranks_decay_alike_whatever_each_has_seen(pool):
+    job = Job(trainer={"max_epochs": 2})
+    names = {"EpsDecay": {"monitor": "apart"}}
+    for rank in pool(2).run(watched, 2, job, names, [LogsApart()]):
+        assert [group["eps"] for group in rank["groups"]] == pytest.approx([1e-8, 1e-8])
+        assert rank["kept"]["EpsDecay"]["best"] == 0.0
 
 
 def test_a_decay_waits_while_validation_improves(pool):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from lightning_jobs import CLASSES, INPUTS, become_rank, loader, rows
+from lightning_jobs import CLASSES, INPUTS, become_rank, counted, loader, rows
 from torch import nn
 
 CASES = {
@@ -175,3 +175,30 @@ def refused(rank, world_size):
 
 def test_another_optimizer_is_refused(pool):
     pool(2).run(refused, 2)
+
+
+def on_nccl(rank, world_size):
+    become_rank(rank, world_size)
+    from lightning.fabric import Fabric
+
+    from adadelta_dist.strategies.fabric import ShardedAdadeltaFabricStrategy
+
+    strategy = ShardedAdadeltaFabricStrategy(process_group_backend="nccl")
+    with pytest.raises(ValueError, match="this job uses CPUs"):
+        Fabric(accelerator="cpu", devices=2, strategy=strategy).launch()
+
+
+def test_nccl_on_cpus_is_refused(pool):
+    pool(2).run(on_nccl, 2)
+
+
+def sent(rank, world_size, arguments):
+    """How many bytes of gradients and parameters leave this rank."""
+    with counted() as found:
+        train(rank, world_size, **arguments)
+    return sum(found)
+
+
+def test_what_is_accumulated_is_sent_once(pool):
+    plain = pool(2).run(sent, 2, {})
+    assert pool(2).run(sent, 2, {"accumulate": 4}) == [n / 4 for n in plain]

@@ -4,7 +4,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from lightning_jobs import Job, run, run_alone
+from lightning_jobs import Job, counted, run, run_alone
 
 CASES = {
     "plain": {},
@@ -42,6 +42,19 @@ def test_the_loss_curve_is_that_of_one_process(pool, case):
         assert rank["lr"] == alone["lr"]
         assert set(rank["optimizers"]) == {"ShardedAdadelta"}
         assert rank["wrapped"] in ("Net", "Clipping"), "not by DistributedDataParallel"
+
+
+def sent(rank, world_size, job):
+    with counted() as found:
+        run(rank, world_size, job)
+    return sum(found)
+
+
+@pytest.mark.parametrize("strategy", [{}, "sharded_adadelta_zero2"])
+def test_what_is_accumulated_is_sent_once(pool, strategy):
+    plain = pool(2).run(sent, 2, Job(strategy=strategy))
+    accumulated = pool(2).run(sent, 2, Job(strategy=strategy, **CASES["accumulate"]))
+    assert accumulated == [n / 4 for n in plain]
 
 
 def test_the_cases_are_not_all_the_same():
