@@ -124,8 +124,11 @@ def from_torch(model: dict[str, Tensor], optimizer: dict[str, Any]) -> Checkpoin
     def read(name: str, key: str) -> Tensor:
         whole = model[name].detach().float()
         if key == "fp32":  # a half-precision parameter is its master rounded
-            return entries[name].get(MASTER, whole)
-        return entries[name].get(key, torch.zeros_like(whole))
+            key, default = MASTER, whole
+        else:
+            default = torch.zeros_like(whole)
+        tensor: Tensor = entries[name].get(key, default)
+        return tensor
 
     for name in entries:
         for key in ("fp32", *ACCUMULATORS):
