@@ -17,6 +17,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from adadelta_dist.functional import ACCUMULATORS
+from adadelta_dist.state import MASTER
 
 from .deepspeed_state import UNIVERSAL
 
@@ -122,10 +123,15 @@ def from_torch(model: dict[str, Tensor], optimizer: dict[str, Any]) -> Checkpoin
 
     def read(name: str, key: str) -> Tensor:
         whole = model[name].detach().float()
-        return whole if key == "fp32" else entries[name].get(key, torch.zeros_like(whole))
+        if key == "fp32":  # a half-precision parameter is its master rounded
+            key, default = MASTER, whole
+        else:
+            default = torch.zeros_like(whole)
+        tensor: Tensor = entries[name].get(key, default)
+        return tensor
 
     for name in entries:
-        for key in ACCUMULATORS:
+        for key in ("fp32", *ACCUMULATORS):
             if read(name, key).shape != model[name].shape:
                 raise ValueError(f"{key} of {name!r} has another shape than the parameter")
     rest = {name: tensor for name, tensor in model.items() if name not in entries}

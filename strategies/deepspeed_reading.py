@@ -39,7 +39,8 @@ def read_deepspeed(folder: Path) -> Checkpoint:
     """
     if (folder / "latest").is_file():
         folder = folder / (folder / "latest").read_text().strip()
-    files = sorted(folder.glob("*mp_rank_*_model_states.pt"), key=_rank_of)
+    found = folder.glob("*mp_rank_*_model_states.pt")
+    files = sorted((file for file in found if "expert" not in file.name), key=_rank_of)
     if not files:
         raise FileNotFoundError(f"{folder} holds no DeepSpeed checkpoint: no *_model_states.pt")
     models = [load(file) for file in files]
@@ -56,8 +57,9 @@ def _check_parallelism(folder: Path, files: Sequence[Path], model: dict[str, Any
     parallel = model.get("mp_world_size", 1) > 1 or any(n > 1 for n in degrees.values())
     if parallel or any("mp_rank_00_model" not in file.name for file in files):
         raise ValueError(
-            f"{folder} was saved with tensor or pipeline parallelism. How the slices of a tensor "
-            "join is known to the model's layers, not to the checkpoint, so it is not converted."
+            f"{folder} was saved with tensor or pipeline parallelism: ranks hold slices, each "
+            "layer has its own way to join them, and this knows none of them. Go on with it "
+            "on the same ranks."
         )
     if model.get("module") is None or "num_experts" in model or list(folder.glob("*expert*")):
         raise ValueError(

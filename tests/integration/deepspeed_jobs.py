@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from pathlib import Path
 
 import torch
 from torch.nn.functional import mse_loss
@@ -139,3 +140,48 @@ def train_alone(steps, *, several=False, clip=0.0, rate=lambda step: 1.0, **para
         scheduler.step()
         losses.append(loss.item())
     return losses
+
+
+def settings(stage, kind="FusedAdadelta", *, half=False, universal=False, **more):
+    zero = more.pop("zero", {})
+    made = config(stage, kind=kind, params={"weight_decay": 0.01}, **more)
+    made["zero_optimization"] |= zero
+    made |= {"bf16": {"enabled": half}, "checkpoint": {"load_universal": universal}}
+    return made | {"zero_allow_untested_optimizer": kind == "Adadelta"}
+
+
+def read_forms(rank, root, names):
+    prepare(rank, 1)
+    from adadelta_dist.strategies.deepspeed_checkpoint import to_torch
+    from adadelta_dist.strategies.deepspeed_reading import read_deepspeed
+
+    return {name: to_torch(read_deepspeed(Path(root, name))) for name in names}
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def names_of(group):
+    return zip(group["params"], group["param_names"], strict=True)
+
+
+class Odd(torch.nn.Module):
+    """A frozen layer, a buffer, and a tied weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = torch.nn.Linear(FEATURES, FEATURES)
+        self.frozen.requires_grad_(False)
+        self.inner = torch.nn.Linear(FEATURES, FEATURES)
+        self.tied = torch.nn.Linear(FEATURES, FEATURES)
+        self.tied.weight = self.inner.weight
+        self.out = torch.nn.Linear(FEATURES, TARGETS)
+        self.register_buffer("scale", torch.tensor([2.0]))
+
+    def forward(self, inputs):
+        return self.out(self.tied(self.inner(self.frozen(inputs)))) * self.scale

@@ -1,28 +1,26 @@
-"""DeepSpeed's checkpoints resumed at other world sizes, and exchanged with torch's form."""
+"""DeepSpeed's checkpoints resumed at other world sizes."""
 
-import re
-import shutil
-from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import deepspeed_jobs as jobs
 import pytest
 import torch
+from deepspeed_jobs import names_of, read_forms, same, settings
 
 BEFORE, AFTER = range(3), range(3, 6)
 DEADLINE = 240.0  # the first run ever compiles DeepSpeed's communication for CPUs
 
 
-def settings(stage, kind="FusedAdadelta", *, half=False, universal=False, **more):
-    zero = more.pop("zero", {})
-    made = jobs.config(stage, kind=kind, params={"weight_decay": 0.01}, **more)
-    made["zero_optimization"] |= zero
-    made |= {"bf16": {"enabled": half}, "checkpoint": {"load_universal": universal}}
-    return made | {"zero_allow_untested_optimizer": kind == "Adadelta"}
-
-
 SUBGROUPS = {"zero": {"sub_group_size": 200}}  # stage 3 then has several flat tensors a group
+DOUBLING = {  # the rate of step 4 on; a schedule that begins anew would stay at 1
+    "type": "LRRangeTest",
+    "params": {
+        "lr_range_test_min_lr": 1.0,
+        "lr_range_test_step_size": 4,
+        "lr_range_test_step_rate": 1.0,
+        "lr_range_test_staircase": True,
+    },
+}
 CASES = {
     "stage 1": {"stage": 1},
     "stage 2": {"stage": 2},
@@ -41,6 +39,7 @@ CASES = {
     "stage 0": {"stage": 0, "kind": "ShardedAdadelta"},
     "stage 0, torch's": {"stage": 0, "kind": "Adadelta"},
     "stage 0, bf16, two groups": {"stage": 0, "half": True, "kind": "ShardedAdadelta"},
+    "stage 2, scheduler": {"stage": 2, "scheduler": DOUBLING},
     "stage 2, two groups": {"stage": 2},
     "stage 3, two groups, subgroups": {"stage": 3} | SUBGROUPS,
     "stage 3, one group, subgroups": {"stage": 3} | SUBGROUPS,
@@ -76,8 +75,17 @@ def convert(rank, root, names):
         checkpoint = read_deepspeed(Path(root, name))
         write_universal(checkpoint, Path(root, name, "universal"))
         forms[name] = to_torch(checkpoint)
-        assert same(forms[name], to_torch(read_universal(Path(root, name, "universal"))))
+        again = read_universal(Path(root, name, "universal"))
+        assert same(forms[name], to_torch(again))
+        assert scale(again) == scale(checkpoint)
+        assert "stage 2" not in name or scale(again)["cur_scale"] == 1.0
     return forms
+
+
+def scale(checkpoint):
+    """What a scaler of the loss keeps; none at stage 0, nor in the wrapper of BF16."""
+    scaler = checkpoint.scaler.get("loss_scaler")
+    return scaler and vars(scaler)
 
 
 def resume(rank, world_size, root, cases, out):
@@ -93,22 +101,6 @@ def resume(rank, world_size, root, cases, out):
         steps = {float(entry["step"]) for entry in engine.basic_optimizer.state.values()}
         results[name, stage] = losses, client["note"], engine.global_steps, steps
     return results
-
-
-def read(rank, root, names):
-    jobs.prepare(rank, 1)
-    from adadelta_dist.strategies.deepspeed_checkpoint import to_torch
-    from adadelta_dist.strategies.deepspeed_reading import read_deepspeed
-
-    return {name: to_torch(read_deepspeed(Path(root, name))) for name in names}
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def mean(outcomes, key):
@@ -143,7 +135,7 @@ def resumed(deepspeed_pool, tmp_path_factory):
             out = f"by {by}"
             outcomes = deepspeed_pool(by).run(resume, by, root, cases, out, deadline=DEADLINE)
             again = [f"{out}/{name}, as {stage}" for name, stage in cases]
-            reread = deepspeed_pool(1).run(read, root, again, deadline=DEADLINE)[0]
+            reread = deepspeed_pool(1).run(read_forms, root, again, deadline=DEADLINE)[0]
             for (name, stage), folder in zip(cases, again, strict=True):
                 losses = [{name: o[name, stage][0]} for o in outcomes]
                 results[saved_by, by, name, stage] = {
@@ -181,10 +173,6 @@ def test_another_world_size_has_the_same_accumulators_and_goes_on(resumed, which
     assert result["rest"] == (which[2], 6, {6.0})
 
 
-def names_of(group):
-    return zip(group["params"], group["param_names"], strict=True)
-
-
 @pytest.mark.parametrize("name", list(CASES))
 def test_canonical_state_is_that_of_one_process(resumed, name):
     """What the conversion says is compared with torch's own optimizer, parameter by parameter."""
@@ -208,116 +196,6 @@ def test_canonical_state_is_that_of_one_process(resumed, name):
             for key in ("square_avg", "acc_delta"):
                 ours = form["optimizer"]["state"][i][key]
                 torch.testing.assert_close(ours, optimizer.state[p][key], **tolerance)
-
-
-def train_sharded(rank, world_size, steps, loaded=None):
-    """ShardedAdadelta as under torchrun; returns losses, and torch's form on rank 0."""
-    from adadelta_dist import ShardedAdadelta
-
-    model = jobs.network()
-    optimizer = ShardedAdadelta(model.named_parameters(), **jobs.HYPERPARAMETERS)
-    if loaded is not None:
-        model.load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
-    losses = []
-    for step in steps:
-        ((inputs, targets),) = jobs.shares(step, rank, world_size, 1)
-        loss = torch.nn.functional.mse_loss(model(inputs), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    optimizer.consolidate_state_dict(to=0)
-    if rank:
-        return losses, None
-    state = {name: p.detach().clone() for name, p in model.state_dict().items()}
-    return losses, {"model": state, "optimizer": optimizer.state_dict()}
-
-
-def from_torch_to_universal(rank, form, folder):
-    jobs.prepare(rank, 1)
-    from adadelta_dist.strategies.deepspeed_checkpoint import from_torch
-    from adadelta_dist.strategies.deepspeed_universal import write_universal
-
-    write_universal(from_torch(form["model"], form["optimizer"]), Path(folder))
-
-
-def continue_with_deepspeed(rank, world_size, root, tag, stage, steps):
-    jobs.prepare(rank, world_size)
-    made = jobs.config(stage, checkpoint={"load_universal": True})
-    engine = jobs.build(made, model=jobs.network(seed=9))[0]
-    engine.load_checkpoint(root, tag)
-    losses = jobs.run_steps(engine, rank, world_size, steps)
-    engine.save_checkpoint(root, "by_deepspeed")
-    return losses
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_torchrun_then_deepspeed_then_torchrun(deepspeed_pool, tmp_path, stage):
-    """2 ranks, 4 ranks, 1 rank: as one process that never stopped."""
-    root = str(tmp_path)
-    first = deepspeed_pool(2).run(train_sharded, 2, range(2))
-    deepspeed_pool(1).run(from_torch_to_universal, first[0][1], f"{root}/start", deadline=DEADLINE)
-    assert (tmp_path / "latest_universal").read_text() == "start"
-    second = deepspeed_pool(4).run(
-        continue_with_deepspeed, 4, root, "start", stage, range(2, 4), deadline=DEADLINE
-    )
-    form = deepspeed_pool(1).run(read, root, ["by_deepspeed"])[0]["by_deepspeed"]
-    third = deepspeed_pool(1).run(train_sharded, 1, range(4, 6), form)
-    losses = [sum(step) / 2 for step in zip(*(ls for ls, _ in first), strict=True)]
-    losses += [sum(step) / 4 for step in zip(*second, strict=True)]
-    losses += third[0][0]
-    assert losses == pytest.approx(jobs.train_alone(6), rel=1e-5)
-
-
-class Odd(torch.nn.Module):
-    """A frozen layer, a buffer, and a tied weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.frozen = torch.nn.Linear(jobs.FEATURES, jobs.FEATURES)
-        self.frozen.requires_grad_(False)
-        self.inner = torch.nn.Linear(jobs.FEATURES, jobs.FEATURES)
-        self.tied = torch.nn.Linear(jobs.FEATURES, jobs.FEATURES)
-        self.tied.weight = self.inner.weight
-        self.out = torch.nn.Linear(jobs.FEATURES, jobs.TARGETS)
-        self.register_buffer("scale", torch.tensor([2.0]))
-
-    def forward(self, inputs):
-        return self.out(self.tied(self.inner(self.frozen(inputs)))) * self.scale
-
-
-def odd_models(rank, root):
-    jobs.prepare(rank, 2)
-    for stage in range(4):
-        torch.manual_seed(0)
-        engine = jobs.build(jobs.config(stage), model=Odd())[0]
-        jobs.run_steps(engine, rank, 2, range(2))
-        engine.save_checkpoint(f"{root}/{stage}")
-
-
-def test_frozen_parameters_buffers_and_tied_weights_come_along(deepspeed_pool, tmp_path):
-    deepspeed_pool(2).run(odd_models, str(tmp_path), deadline=DEADLINE)
-    forms = deepspeed_pool(1).run(read, str(tmp_path), ["0", "1", "2", "3"])[0]
-    torch.manual_seed(0)
-    fresh = Odd().state_dict()
-    for form in forms.values():
-        assert form["model"].keys() == fresh.keys()
-        assert torch.equal(form["model"]["frozen.weight"], fresh["frozen.weight"])
-        assert torch.equal(form["model"]["scale"], fresh["scale"])
-        assert torch.equal(form["model"]["tied.weight"], form["model"]["inner.weight"])
-        assert not torch.equal(form["model"]["out.weight"], fresh["out.weight"])
-        for name, tensor in forms["2"]["model"].items():
-            torch.testing.assert_close(form["model"][name], tensor)
-        for name, wanted in state_by_name(forms["2"]).items():
-            torch.testing.assert_close(state_by_name(form)[name], wanted)
-
-
-def state_by_name(form):
-    """Frozen parameters, which some stages leave out, have no state to speak of."""
-    groups, state = form["optimizer"]["param_groups"], form["optimizer"]["state"]
-    named = {name: state[i] for group in groups for i, name in names_of(group)}
-    return {name: entry for name, entry in named.items() if not name.startswith("frozen")}
 
 
 def stage_zero(rank, world_size, root, steps, half, save):
@@ -349,172 +227,3 @@ def test_stage_0_saves_for_any_world_size_by_itself(
     wanted = [sum(step) / saved_by for step in zip(*whole, strict=True)][len(BEFORE) :]
     got = [sum(step) / resumed_by for step in zip(*resumed, strict=True)]
     assert got == pytest.approx(wanted, rel=2e-3 if half else 1e-5)
-
-
-class Stranger:
-    """What no checkpoint should hold."""
-
-
-def damage(rank, root):
-    """Checkpoints that must not be converted; two saved at once, for shards to be mixed."""
-    jobs.prepare(rank, 2)
-    adam = settings(2)
-    adam["optimizer"] = {"type": "Adam", "params": {"torch_adam": True, "lr": 0.1}}
-    engine = jobs.build(adam)[0]
-    jobs.run_steps(engine, rank, 2, range(1))
-    engine.save_checkpoint(f"{root}/adam", tag="one")
-    engine = jobs.build(settings(2))[0]
-    for step in range(2):
-        jobs.run_steps(engine, rank, 2, range(1))
-        engine.save_checkpoint(root, tag=f"step {step + 1}")
-    engine.save_checkpoint(root, tag="stranger", client_state={"it": Stranger()})
-    elastic = settings(2, zero={"elastic_checkpoint": True})
-    for tag, made in {
-        "frozen": (settings(3), Odd()),
-        "elastic": (elastic, None),
-        "no names": (settings(0, "Adadelta"), None),
-    }.items():
-        engine = jobs.build(made[0], model=made[1], several=tag == "no names")[0]
-        jobs.run_steps(engine, rank, 2, range(1))
-        engine.save_checkpoint(root, tag=tag)
-
-
-def shard(folder, rank):
-    return folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-
-
-def refusals(rank, root):
-    """What each conversion raises, and the folders that are left."""
-    jobs.prepare(rank, 1)
-    from adadelta_dist.strategies.deepspeed_checkpoint import from_torch
-    from adadelta_dist.strategies.deepspeed_reading import read_deepspeed
-    from adadelta_dist.strategies.deepspeed_universal import read_universal, write_universal
-
-    root = Path(root)
-    entry = {"step": torch.tensor(1.0), "square_avg": torch.ones(2), "acc_delta": torch.ones(2)}
-    later = entry | {"step": torch.tensor(2.0)}
-    groups = [{"params": [0, 1], "param_names": ["a", "b"], "rho": 0.9}]
-    weights = {"a": torch.ones(2), "b": torch.ones(2)}
-
-    def torchs(state, groups=groups, weights=weights):
-        return lambda: from_torch(weights, {"state": state, "param_groups": groups})
-
-    def interrupted():
-        checkpoint = read_deepspeed(root / "step 1")
-        write_universal(replace(checkpoint, read=lambda name, key: 1 / 0), root / "half")
-
-    def existing():
-        write_universal(read_deepspeed(root / "step 1"), root / "step 2")
-
-    attempts = {
-        "Adam": lambda: read_deepspeed(root / "adam"),
-        "no checkpoint": lambda: read_deepspeed(root / "nowhere"),
-        "no universal": lambda: read_universal(root / "step 1"),
-        "missing": lambda: read_deepspeed(root / "missing"),
-        "mixed": lambda: read_deepspeed(root / "mixed"),
-        "parallel": lambda: read_deepspeed(root / "parallel"),
-        "cut": lambda: read_deepspeed(root / "cut"),
-        "stranger": lambda: read_deepspeed(root / "stranger"),
-        "frozen": lambda: read_deepspeed(root / "frozen"),
-        "elastic": lambda: read_deepspeed(root / "elastic"),
-        "no names": lambda: read_deepspeed(root / "no names"),
-        "interrupted": interrupted,
-        "exists": existing,
-        "mixed torch": torchs({0: entry, 1: later}),
-        "unnamed": torchs({0: entry}, [{"params": [0, 1], "rho": 0.9}]),
-        "unknown": torchs({0: entry}, weights={"a": weights["a"]}),
-        "another shape": torchs({0: entry}, weights={"a": torch.ones(3), "b": torch.ones(2)}),
-        "Adam's entries": torchs({0: {"step": 1, "exp_avg": entry, "max_exp_avg_sq": entry}}),
-    }
-    before = sorted(root.rglob("*"))
-    errors = {}
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-        except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"
-    return errors, sorted(root.rglob("*")) == before
-
-
-BAD = {
-    "Adam": r"ValueError: the checkpoint holds the state of another optimizer.*betas",
-    "no checkpoint": r"FileNotFoundError: .*nowhere holds no DeepSpeed checkpoint",
-    "no universal": r"FileNotFoundError: .*step 1 is no universal checkpoint",
-    "missing": r"FileNotFoundError: .*saved by 2 ranks.*those of \[1\] are missing",
-    "mixed": r"ValueError: mixed steps: .*rank 0 is at step 1, .*rank 1 at 2",
-    "parallel": r"ValueError: .*parallel was saved with tensor or pipeline parallelism",
-    "cut": r"ValueError: .*zero_pp_rank_1_mp_rank_00_optim_states.pt is damaged",
-    "stranger": r"ValueError: .*holds test_deepspeed_checkpoints.Stranger.*client_state",
-    "frozen": r"FileNotFoundError: .*saved by 2 ranks.*those of \[1\] are missing",
-    "elastic": r"ValueError: .*saved with elastic_checkpoint",
-    "no names": r"ValueError: .*does not say which state is whose: .*had 2 parameter groups",
-    "interrupted": r"ZeroDivisionError",
-    "exists": r"FileExistsError: .*step 2 exists",
-    "mixed torch": r"ValueError: mixed steps: a is at step 1, b at 2",
-    "unnamed": r"ValueError: .*does not name its parameters.*named_parameters\(\)",
-    "unknown": r"ValueError: the optimizer has 'b', which the model lacks",
-    "another shape": r"ValueError: square_avg of 'a' has another shape",
-    "Adam's entries": r"ValueError: the state of 'a' holds .*not Adadelta's",
-}
-
-
-@pytest.fixture(scope="module")
-def refused(deepspeed_pool, tmp_path_factory):
-    root = tmp_path_factory.mktemp("refused")
-    deepspeed_pool(2).run(damage, str(root), deadline=DEADLINE)
-    for name in ("missing", "mixed", "parallel", "cut"):
-        shutil.copytree(root / "step 1", root / name)
-    shard(root / "missing", 1).unlink()
-    (root / "frozen" / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
-    shutil.copy(shard(root / "step 2", 1), shard(root / "mixed", 1))
-    model = root / "parallel" / "mp_rank_00_model_states.pt"
-    shutil.copy(model, model.with_name("mp_rank_01_model_states.pt"))
-    whole = shard(root / "cut", 1).read_bytes()
-    shard(root / "cut", 1).write_bytes(whole[: len(whole) // 2])
-    return deepspeed_pool(1).run(refusals, str(root), deadline=DEADLINE)[0]
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_converted_is_refused(refused, name):
-    errors, _ = refused
-    assert re.search(BAD[name], errors[name]), errors[name]
-
-
-def test_a_conversion_that_failed_leaves_nothing(refused):
-    assert refused[1]
-
-
-def adams_universal(rank, root):
-    """Adam's state, made universal by DeepSpeed's own tool, under FusedAdadelta."""
-    jobs.prepare(rank, 1)
-    from deepspeed.checkpoint.ds_to_universal import main
-
-    from adadelta_dist.strategies.deepspeed_universal import read_universal
-
-    adam = settings(2)
-    adam["optimizer"] = {"type": "Adam", "params": {"torch_adam": True, "lr": 0.1}}
-    engine = jobs.build(adam)[0]
-    jobs.run_steps(engine, rank, 1, range(1))
-    engine.save_checkpoint(root, tag="adam")
-    inputs = {"input_folder": f"{root}/adam", "output_folder": f"{root}/universal"}
-    counts = {"num_extract_workers": 1, "num_merge_workers": 1}
-    flags = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
-    main(Namespace(**inputs, **counts, **flags))
-    errors = []
-    try:
-        read_universal(Path(root, "universal"))
-    except ValueError as error:
-        errors.append(str(error))
-    engine = jobs.build(settings(2, universal=True))[0]
-    engine.load_checkpoint(root)
-    try:
-        jobs.run_steps(engine, rank, 1, range(1))
-    except ValueError as error:
-        errors.append(str(error))
-    return errors
-
-
-def test_adams_universal_checkpoint_is_refused(deepspeed_pool, tmp_path):
-    (read, stepped) = deepspeed_pool(1).run(adams_universal, str(tmp_path), deadline=DEADLINE)[0]
-    assert "another optimizer than Adadelta" in read
-    assert "holds Adam's state" in stepped

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from deepspeed_jobs import build, config, prepare, run_steps
+from deepspeed_jobs import Odd, build, config, prepare, read_forms, run_steps
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def save(rank, folder):
     prepare(rank, 2)
-    engine = build(config(2), several=True)[0]
+    engine = build(config(2), model=Odd(), several=True)[0]
     run_steps(engine, rank, 2, range(2))
     engine.save_checkpoint(str(folder))
 
@@ -64,6 +64,7 @@ def test_deepspeed_to_every_form_and_back(deepspeed_pool, tmp_path):
     ]
     deepspeed_pool(2).run(convert, tmp_path, ways, deadline=200.0)
     want = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert_equal(want, deepspeed_pool(1).run(read_forms, str(tmp_path), ["run"])[0]["run"])
     assert want["optimizer"]["state"][0]["step"] == 2
     assert want["optimizer"]["state"][0]["square_avg"].any()
     for file in ("b.pt", "c.pt", "d.pt"):
