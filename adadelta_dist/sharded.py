@@ -269,7 +269,8 @@ class ShardedAdadelta(ShardedGradients):
         """Update what this rank owns, bucket by bucket, and gather the rest. Collective."""
         waits_later = self._policy.overlap_gather and self._attached
         stays_open = bool(waits_later) and not is_capturing()
-        for shard in self._shards:
+        # What stays open goes in the order of the next forward, whose first layers wait first.
+        for shard in reversed(self._shards) if stays_open else self._shards:
             shard.bucket.wait()
             if any(shard.bucket.present):
                 g = shard.bucket.group_index
