@@ -82,6 +82,12 @@ def refusals(rank, root):
         torch.save(saved, zero / "other.pt")  # what was loaded is a view of the file
         (zero / "other.pt").replace(zero / "optimizer_state.pt")
 
+    def pipeline():
+        file = root / "pipeline" / "mp_rank_00_model_states.pt"
+        torch.save(load(file) | {"module": None}, file.with_name("other"))  # as above
+        file.with_name("other").replace(file)
+        read_deepspeed(root / "pipeline")
+
     attempts = {
         "Adam": lambda: read_deepspeed(root / "adam"),
         "no checkpoint": lambda: read_deepspeed(root / "nowhere"),
@@ -90,6 +96,7 @@ def refusals(rank, root):
         "one too many": lambda: read_deepspeed(root / "one too many"),
         "twice the same": lambda: read_deepspeed(root / "twice the same"),
         "experts": lambda: read_deepspeed(root / "experts"),
+        "pipeline": pipeline,
         "a file of universal": universal(
             "u", lambda zero: (zero / "0.bias" / "exp_avg.pt").unlink()
         ),
@@ -127,6 +134,7 @@ BAD = {
     "one too many": r"FileNotFoundError: .*saved by 2 ranks and holds shards of ranks \[0, 1, 2\]$",
     "twice the same": r"ValueError: .*the shards hold \d+ elements of '0.weight', which has 231",
     "experts": r"ValueError: .*experts holds experts or pipeline stages",
+    "pipeline": r"ValueError: .*pipeline holds experts or pipeline stages",
     "a file of universal": r"FileNotFoundError: .*0.bias lacks fp32.pt, exp_avg.pt or",
     "groups of universal": r"ValueError: .*has 2 parameter groups, and does not say which",
     "mixed": r"ValueError: mixed steps: .*rank 0 is at step 1, .*rank 1 at 2",
@@ -150,8 +158,8 @@ BAD = {
 def refused(deepspeed_pool, tmp_path_factory):
     root = tmp_path_factory.mktemp("refused")
     deepspeed_pool(2).run(damage, str(root), deadline=DEADLINE)
-    copies = ("missing", "mixed", "parallel", "cut", "one too many", "twice the same", "experts")
-    for name in copies:
+    damaged = ("missing", "mixed", "parallel", "cut", "one too many", "twice the same")
+    for name in (*damaged, "experts", "pipeline"):
         shutil.copytree(root / "step 1", root / name)
     shard(root / "missing", 1).unlink()
     shutil.copy(shard(root / "step 1", 1), shard(root / "one too many", 2))
