@@ -108,12 +108,17 @@ def reduce_scatter(group: Group, flat: Tensor, shard: Tensor) -> Pending:
         return Pending((work,), lambda: None if out is shard else _copy(shard, out))
     rows = list(flat.view(group.world_size, -1))
     around = [_around(group, distance) for distance in range(1, group.world_size)]
-    works = [_send(group, rows[target], target) for _, target in around]
-    # One of the first two rows of the sum may be received where the sum goes.
+    # Receives first. gloo sends a row when it hears that its receiver is ready, and the word that
+    # we are would queue behind whatever we send: the two directions would take turns.
     first = min(source for source, _ in around) if shard.dtype == flat.dtype else None
-    for source, _ in around:
-        rows[source] = shard if source == first else torch.empty_like(rows[source])
-        works.append(_receive(group, rows[source], source))
+    received = {  # one of the first two rows of the sum may be received where the sum goes
+        source: shard if source == first else torch.empty_like(rows[source])
+        for source, _ in around
+    }
+    works = [_receive(group, row, source) for source, row in received.items()]
+    works += [_send(group, rows[target], target) for _, target in around]
+    for source, row in received.items():
+        rows[source] = row
 
     def average() -> None:
         _average(rows, shard)
@@ -141,11 +146,9 @@ def all_gather(group: Group, flat: Tensor, wire_dtype: torch.dtype | None = None
     if not group.is_pairwise(flat.device):
         work = _native_all_gather(flat, rows[group.rank], group=group.process_group, async_op=True)
         return Pending((work,))
-    works = []
-    for distance in range(1, group.world_size):
-        source, target = _around(group, distance)
-        works.append(_receive(group, rows[source], source, lane=2))
-        works.append(_send(group, rows[group.rank], target, lane=2))
+    around = [_around(group, distance) for distance in range(1, group.world_size)]
+    works = [_receive(group, rows[source], source, lane=2) for source, _ in around]
+    works += [_send(group, rows[group.rank], target, lane=2) for _, target in around]
     return Pending(tuple(works))
 
 

@@ -125,3 +125,18 @@ def test_neighbours_at_every_distance_are_everyone_else_once():
 
 def test_a_rank_error_is_a_runtime_error():
     assert issubclass(RankError, RuntimeError)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("exchange", ["reduce_scatter", "all_gather"])
+def test_a_rank_asks_for_what_it_gets_before_it_sends(monkeypatch, exchange, world_size):
+    """Else the word that it is ready queues behind what it sends, and directions take turns."""
+    group = Group(None, 0, world_size)
+    order = []
+    for name in ("_send", "_receive"):
+        monkeypatch.setattr(collectives, name, lambda *_, name=name, **__: order.append(name))
+    monkeypatch.setattr(Group, "is_pairwise", lambda *_: True)
+    flat, shard = torch.zeros(4 * world_size), torch.zeros(4)
+    arguments = (flat, shard) if exchange == "reduce_scatter" else (flat,)
+    getattr(collectives, exchange)(group, *arguments)
+    assert order == ["_receive"] * (world_size - 1) + ["_send"] * (world_size - 1)
