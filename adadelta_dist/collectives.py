@@ -112,8 +112,7 @@ def reduce_scatter(group: Group, flat: Tensor, shard: Tensor) -> Pending:
     # we are would queue behind whatever we send: the two directions would take turns.
     first = min(source for source, _ in around) if shard.dtype == flat.dtype else None
     received = {  # one of the first two rows of the sum may be received where the sum goes
-        source: shard if source == first else torch.empty_like(rows[source])
-        for source, _ in around
+        source: shard if source == first else torch.empty_like(rows[source]) for source, _ in around
     }
     works = [_receive(group, row, source) for source, row in received.items()]
     works += [_send(group, rows[target], target) for _, target in around]

@@ -18,6 +18,9 @@ from typing import Any
 
 ALIGN_BYTES = 16
 
+FIRST_BUCKET_BYTES = 2**20
+"""As DistributedDataParallel's: the link has something to carry soon after backward begins."""
+
 Kind = tuple[Any, ...]
 
 
@@ -136,8 +139,10 @@ def plan_layout(
     Args:
         specs: the parameters, in the optimizer's order.
         world_size: number of shards of each bucket.
-        bucket_bytes: a bucket takes parameters until it holds this much.
+        bucket_bytes: a bucket takes parameters until it holds this much; the first one, with
+            several ranks, no more than `FIRST_BUCKET_BYTES`.
     """
+    limit = bucket_bytes if world_size == 1 else min(bucket_bytes, FIRST_BUCKET_BYTES)
     filled: list[tuple[Kind, list[Slot]]] = []
     filling: dict[Kind, list[Slot]] = {}
     for index in reversed(range(len(specs))):
@@ -145,8 +150,9 @@ def plan_layout(
         slots = filling.setdefault(spec.kind, [])
         start = _round_up(slots[-1].interval.stop, _align(spec)) if slots else 0
         slots.append(Slot(index, start, spec.numel))
-        if (start + spec.numel) * spec.itemsize >= bucket_bytes:
+        if (start + spec.numel) * spec.itemsize >= limit:
             filled.append((spec.kind, filling.pop(spec.kind)))
+            limit = bucket_bytes
     filled.extend(filling.items())
     buckets = []
     for kind, slots in filled:
