@@ -1,24 +1,11 @@
 """The ADADELTA step on lists of tensors (Zeiler 2012, algorithm 1).
 
-Per element, with g the gradient (negated if `maximize`) and x the parameter:
-
-    g  <- g + weight_decay x
-    v  <- rho v + (1 - rho) g^2                     square_avg, E[g^2]
-    d  <- sqrt(u + eps) / sqrt(v + eps) g           the update, before lr
-    u  <- rho u + (1 - rho) d^2                     acc_delta, E[dx^2]
-    x  <- x - lr d
-
-`eager_` is torch's own functional `adadelta`. `fused_` is the same formula as one
-kernel, made by `torch.compile` from `_formula` for the CPU (C++) and for CUDA
-(Triton): it touches each of the 28 bytes of an fp32 element once, and differs
+`eager_` is torch's own functional `adadelta`. `fused_` is the same formula as one kernel
+(`kernels.py`): it touches each of the 28 bytes of an fp32 element once, and differs
 from eager by rounding alone (docs/design.md has the measured bounds).
 """
 
-import functools
-import logging
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import FunctionType
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,19 +13,14 @@ from torch import Tensor
 from torch.optim.adadelta import adadelta as torch_adadelta
 from torch.optim.optimizer import _get_scalar_dtype
 
-from .capture import check_warm
-
-logger = logging.getLogger("adadelta_dist")
+from . import kernels
+from .kernels import FUSED_MIN_NUMEL, compute_dtype, scalars_of
 
 ACCUMULATORS = ("square_avg", "acc_delta")
 """Names of the per-element state, as in `torch.optim.Adadelta`."""
 
 HYPERPARAMETERS = ("lr", "rho", "eps", "weight_decay", "maximize")
 """Names of what a step depends on beside its tensors."""
-
-FUSED_MIN_NUMEL = 2**20
-"""`fused=None` compiles a kernel from this many elements on: below, the seconds of
-compilation are never earned back."""
 
 FUSED_DEVICES = ["cpu", "cuda"]
 
@@ -118,10 +100,36 @@ def fused_(entries: Iterable[Entry], group: Mapping[str, Any], inverse_scale: fl
             continue
         compute = compute_dtype(param.dtype)
         if compute not in scalars:
-            scalars[compute] = _scalars(group, compute, inverse_scale)
-        kernel = _kernel(param.device.type, param.dtype)
+            scalars[compute] = scalars_of(group, compute, inverse_scale)
+        kernel = kernels.step_kernel(param.device.type, param.dtype)
         with torch.no_grad():
             kernel(*(tensor.detach() for tensor in entry), *scalars[compute])
+
+
+def fused_rounded_(
+    param: Tensor,
+    rounded_to: torch.dtype,
+    entry: Entry,
+    group: Mapping[str, Any],
+    inverse_scale: float = 1.0,
+) -> None:
+    """One fused step of masters, and of the parameters that are rounded from them.
+
+    Args:
+        param: [numel], at least 2, of any floating dtype. An element that is not its master
+            rounded was written by somebody: the master takes it first.
+        rounded_to: the dtype of the values that `param` takes.
+        entry: the masters, their gradients (of any floating dtype), and the accumulators.
+        group, inverse_scale: as `fused_`.
+
+    Raises:
+        RuntimeError: `kernels.missing` has a reason.
+    """
+    master, grad, *_ = entry
+    kernel = kernels.master_kernel(param.device.type, param.dtype, rounded_to, grad.dtype)
+    with torch.no_grad():
+        tensors = (tensor.detach() for tensor in (param, *entry))
+        kernel(*tensors, *scalars_of(group, master.dtype, inverse_scale))
 
 
 def use_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
@@ -146,7 +154,8 @@ def use_fused(group: Mapping[str, Any], params: Sequence[Tensor]) -> bool:
         return False
     for p in params:
         _check_fusable(p, on_device=p.device.type in FUSED_DEVICES)
-    reasons = {_no_kernel(p.device.type, p.dtype) for p in params} - {None}
+    dtypes = {(p.device.type, p.dtype) for p in params}
+    reasons = {kernels.missing(kernels.step_kernel, *of) for of in dtypes} - {None}
     if reasons and group.get("fused"):
         raise RuntimeError(
             f"fused=True: torch.compile found no working compiler ({reasons.pop()}). Install a "
@@ -190,80 +199,3 @@ def _check_fusable(p: Tensor, *, on_device: bool) -> None:
             "`fused=True` requires all the params to be floating point Tensors of supported "
             f"devices: {FUSED_DEVICES} but {p.dtype} and {p.device.type}"
         )
-
-
-def _formula(
-    param: Tensor,
-    grad: Tensor,
-    square_avg: Tensor,
-    acc_delta: Tensor,
-    lr: Tensor,
-    rho: Tensor,
-    one_minus_rho: Tensor,
-    eps: Tensor,
-    weight_decay: Tensor,
-    sign: Tensor,
-) -> None:
-    compute = compute_dtype(param.dtype)
-    x, g, v, u = (t.to(compute) for t in (param, grad, square_avg, acc_delta))
-    g = sign * g
-    # Where, not a plain sum: without weight decay an infinite parameter leaves g alone.
-    g = torch.where(weight_decay != 0, g + weight_decay * x, g)
-    v = rho * v + (one_minus_rho * g) * g
-    d = (u + eps).sqrt() / (v + eps).sqrt() * g
-    u = rho * u + (one_minus_rho * d) * d
-    square_avg.copy_(v)
-    acc_delta.copy_(u)
-    param.copy_(x - lr * d)
-
-
-def _scalars(
-    group: Mapping[str, Any], dtype: torch.dtype, inverse_scale: float
-) -> tuple[Tensor, ...]:
-    """The hyperparameters as 0-dim tensors: as Python numbers each new one would recompile."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        lr = lr.detach().squeeze().to(dtype)
-    else:
-        lr = torch.tensor(lr, dtype=dtype)
-    rho = group["rho"]
-    sign = -inverse_scale if group["maximize"] else inverse_scale
-    rest = (rho, 1 - rho, group["eps"], group["weight_decay"], sign)
-    return lr, *(torch.tensor(float(value), dtype=dtype) for value in rest)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which a fused step of this dtype computes."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@functools.cache
-def _kernel(device_type: str, dtype: torch.dtype) -> Callable[..., None]:
-    """The compiled formula, after a first run on scratch memory of `FUSED_MIN_NUMEL`.
-
-    The first run compiles: if that fails, nobody's state is half updated. Its size
-    matters too, for the compiler decides by it whether a loop is worth threads.
-    """
-    # A code object of its own: the compiler counts the variants of each, and gives up at 8.
-    code = _formula.__code__.replace(co_name=f"adadelta_{device_type}_{dtype}".replace(".", "_"))
-    formula = FunctionType(code, globals())
-    compiled = torch.compile(formula, dynamic=True, fullgraph=True)
-    scratch = [torch.zeros(FUSED_MIN_NUMEL, dtype=dtype, device=device_type) for _ in range(4)]
-    group = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0, "maximize": False}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
-        compiled(*scratch, *_scalars(group, compute_dtype(dtype), 1.0))
-    return compiled
-
-
-@functools.cache
-def _no_kernel(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why there is no kernel for this device and dtype, or None if there is one."""
-    check_warm("the fused step is compiled")
-    try:
-        _kernel(device_type, dtype)
-    except Exception as error:  # whatever the compiler's toolchain raises
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        logger.warning("the fused step is off for %s on %s: %s", dtype, device_type, reason)
-        return reason
-    return None

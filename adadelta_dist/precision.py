@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .functional import compute_dtype
+from .kernels import compute_dtype
 from .policy import ShardPolicy
 
 HALF = (torch.bfloat16, torch.float16)

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from . import kernels
 from .agreement import digest
-from .functional import EAGER_PIECE_NUMEL, Entry, eager_flat_, fused_
+from .functional import EAGER_PIECE_NUMEL, Entry, eager_flat_, fused_, fused_rounded_
 from .layout import Interval
 from .rounding import round_stochastically_
 from .state import ShardState
@@ -28,20 +29,39 @@ def step_(
     if shard.generator is not None:  # so that a run that is resumed rounds as it would have
         facts = [bucket.names[0], str(bucket.group.rank), str(shard.steps.max().item())]
         shard.generator.manual_seed(int.from_bytes(digest(facts)[1:], "big"))
-    flats = (bucket.own_param, bucket.grad_shard, *shard.accumulators)
-    for run in bucket.own_runs():
+    one_kernel_rounds = fused and rounds_in_one_kernel(shard)
+    for interval in bucket.own_runs():
+        run = slice(interval.start, interval.stop)
         if shard.is_exact:
-            pieces = (bucket.typed(flat[run.start : run.stop]) for flat in flats)
-            param, grad, square_avg, acc_delta = pieces
+            flats = (bucket.own_param, bucket.grad_shard, *shard.accumulators)
+            param, grad, square_avg, acc_delta = (bucket.typed(flat[run]) for flat in flats)
             _step_entry_((param, grad, square_avg, acc_delta), group, fused, inverse_scale)
-            continue
-        for piece in _pieces(run, bucket.own_param.device):
-            _step_rounded_(shard, piece, group, fused, inverse_scale)
+        elif one_kernel_rounds and interval.numel > 1:
+            assert shard.master is not None
+            flats = (shard.master, bucket.grad_shard, *shard.accumulators)
+            master, grad, square_avg, acc_delta = (flat[run] for flat in flats)
+            entry = master, grad, square_avg, acc_delta
+            fused_rounded_(
+                bucket.own_param[run], bucket.precision.gather, entry, group, inverse_scale
+            )
+        else:
+            for piece in _pieces(interval, bucket.own_param.device):
+                _step_rounded_(shard, piece, group, fused, inverse_scale)
     if all(bucket.present):
         shard.steps.add_(1)
     else:
         counted = compress(shard.entries, bucket.present)
         torch._foreach_add_([entry["step"] for entry in counted], 1)
+
+
+def rounds_in_one_kernel(shard: ShardState) -> bool:
+    """Whether a fused step of masters rounds the parameters as well; compiles it at first."""
+    bucket = shard.bucket
+    precision, param = bucket.precision, bucket.flat_param
+    if shard.master is None or precision.state != precision.compute:
+        return False
+    dtypes = (param.dtype, precision.gather, bucket.grad_shard.dtype)
+    return kernels.missing(kernels.master_kernel, param.device.type, *dtypes) is None
 
 
 def _step_rounded_(

@@ -23,7 +23,7 @@ from .memory import check_memory
 from .policy import ShardPolicy
 from .precision import check_precision
 from .reducer import GradientReducer
-from .shard_step import step_
+from .shard_step import rounds_in_one_kernel, step_
 
 
 class ShardedAdadelta(ShardedGradients):
@@ -244,6 +244,9 @@ class ShardedAdadelta(ShardedGradients):
             for group, flat in zip(self.param_groups, self._flat_params(), strict=False):
                 functional.check_capturable(group, flat)
                 fused.append(functional.use_fused(group, flat))
+            for shard in self._shards:
+                if fused[shard.bucket.group_index]:
+                    rounds_in_one_kernel(shard)  # compiled before anything is changed
             state.reclaim(self._shards, self.state)
         except Exception as raised:
             error = raised

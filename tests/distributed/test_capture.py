@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adadelta_dist import Adadelta, ShardedAdadelta, ShardPolicy, collectives, functional
+from adadelta_dist import Adadelta, ShardedAdadelta, ShardPolicy, collectives, kernels
 from adadelta_dist.buckets import FlatBucket
 from adadelta_dist.collectives import Pending
 
@@ -204,4 +204,4 @@ def test_what_is_done_once_is_done_before_the_capture():
     with capture():
         optimizer.step()
     with told(), pytest.raises(RuntimeError, match="is compiled while a CUDA graph"):
-        functional._no_kernel.__wrapped__("cpu", torch.float32)
+        kernels.missing.__wrapped__(kernels.step_kernel, "cpu", torch.float32)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from adadelta_dist import functional
+from adadelta_dist.kernels import step_kernel
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def kernels() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            functional._kernel("cpu", dtype)
+            step_kernel("cpu", dtype)
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -22,6 +22,7 @@ ORDER = [
     "layout",
     "policy",
     "capture",
+    "kernels",
     "functional",
     "hypergradients",
     "adadelta",

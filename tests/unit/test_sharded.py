@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from trajectory import assert_equal, assert_same_state, parameters, train
 
-from adadelta_dist import ShardedAdadelta, ShardPolicy
+from adadelta_dist import ShardedAdadelta, ShardPolicy, kernels, shard_step
 
 POLICIES = {
     "default": ShardPolicy(),
@@ -307,7 +307,14 @@ def test_a_differentiable_step_cannot_be_skipped():
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_masters_take_the_fused_step_of_fp32(dtype):
+@pytest.mark.parametrize("one_kernel", [True, False])
+def test_masters_take_the_fused_step_of_fp32(monkeypatch, one_kernel, dtype):
+    used = {True: "fused_rounded_", False: "_step_rounded_"}
+    monkeypatch.delattr(shard_step, used[not one_kernel])
+    if not one_kernel:
+        missing = kernels.missing
+        reasons = {kernels.master_kernel: "as if the compiler left out the rounding"}
+        monkeypatch.setattr(kernels, "missing", lambda *of: reasons.get(of[0]) or missing(*of))
     ours, exact = model().to(dtype), model().to(dtype).float()
     sharded = ShardedAdadelta(ours.parameters(), fused=True)
     single = ShardedAdadelta(exact.parameters(), fused=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from trajectory import message_of
 
-from adadelta_dist import functional
+from adadelta_dist import functional, kernels
 
 DEFAULTS = {
     "lr": 1.0,
@@ -53,9 +53,9 @@ def no_compiler(monkeypatch):
     def broken(*_, **__):
         raise FileNotFoundError("g++ is not here\nand more lines of it")
 
-    for name in ("_kernel", "_no_kernel"):
-        uncached = getattr(functional, name).__wrapped__
-        monkeypatch.setattr(functional, name, functools.cache(uncached))
+    for name in ("step_kernel", "missing"):
+        uncached = getattr(kernels, name).__wrapped__
+        monkeypatch.setattr(kernels, name, functools.cache(uncached))
     monkeypatch.setattr(torch, "compile", broken)
 
 
