@@ -35,23 +35,27 @@ class Plan:
         peers: by whom.
         rates: of the link, in Gbit/s.
         per_host: ranks.
-        turns: of each peer at each rate, of one iteration.
+        turns: of each peer at each rate.
+        iterations: of a turn; what overlaps with the next forward needs one.
     """
 
     task: Task
     peers: Sequence[Peer]
     rates: Sequence[int]
     per_host: int = 1
-    turns: int = 5
+    turns: int = 4
+    iterations: int = 2
 
 
 ALL = [*PEERS, BF16_WIRE]
 SHARDED = [OURS, HYBRID]
 PLANS = [
     Plan(Perceptron((1024, 3072, 3072, 3072, 1000)), ALL, (1, 2, 10)),
-    Plan(Perceptron((1024, 1152, 1152, 1152, 1000)), SHARDED, (1,), per_host=2, turns=9),
+    Plan(Perceptron((1024, 1152, 1152, 1152, 1000)), SHARDED, (1,), per_host=2, turns=7),
 ]
-QUICK = [Plan(Perceptron((16, 32, 8), batch=4), [*ALL, HYBRID], (1,), per_host=2, turns=2)]
+QUICK = [
+    Plan(Perceptron((16, 32, 8), batch=4), [*ALL, HYBRID], (1,), per_host=2, turns=2, iterations=2)
+]
 
 
 def measure(quick: bool) -> list[Table]:
@@ -67,14 +71,17 @@ def _tables(plan: Plan, hosts: Sequence[str]) -> list[Table]:
     ranks_ = f"2 hosts x {plan.per_host} rank{'s' * (plan.per_host > 1)}"
     note = (
         f"{str(plan.task).capitalize()}, {numel(plan.task) / 1e6:.3g} M parameters in fp32, "
-        f"{ranks_} of 1 thread, {plan.turns} turns of 1 iteration. Two network namespaces on one "
-        "machine, their link limited in both directions. Bytes are those that left a host."
+        f"{ranks_} of 1 thread, {plan.turns} turns of {plan.iterations} iterations. Two network "
+        "namespaces on one machine, their link limited in both directions. Bytes are those that "
+        "left a host."
     )
     tables = []
     for rate, found in _launch(plan, hosts).items():
         short = f"{rate} Gbit/s, {ranks_}"
         title = f"two hosts: {short}"
-        tables.append(iteration.table(title, short, note, plan.peers, found, 1, "host"))
+        tables.append(
+            iteration.table(title, short, note, plan.peers, found, plan.iterations, "host")
+        )
     return tables
 
 
@@ -138,7 +145,7 @@ def _at_all_rates(plan: Plan) -> dict[int, Found]:
         dist.barrier()
         title = f"two hosts, {rate} Gbit/s"
         found[rate] = iteration.take_turns(
-            plan.task, plan.peers, plan.turns, 1, title, namespaces.INTERFACE
+            plan.task, plan.peers, plan.turns, plan.iterations, title, namespaces.INTERFACE
         )
     return found
 
