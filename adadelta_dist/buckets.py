@@ -19,7 +19,7 @@ from .capture import check_warm
 from .collectives import Pending
 from .groups import Group
 from .layout import Bucket, Interval, ParamSpec, bucket_limit, plan_layout, storage_order
-from .memory import Places, flatten, unflatten
+from .memory import Places, flatten, unflatten, zeros
 from .policy import ShardPolicy
 from .precision import precision_of
 from .reduction import Reduction
@@ -296,7 +296,7 @@ class FlatBucket:
 
     def _zeros(self, numel: int, dtype: torch.dtype | None = None) -> Tensor:
         first = self.params[0]
-        return torch.zeros(numel, dtype=dtype or first.dtype.to_real(), device=first.device)
+        return zeros(numel, dtype or first.dtype.to_real(), first.device)
 
 
 def _is_set_to(grad: Tensor | None, place: Tensor) -> bool:

@@ -19,7 +19,7 @@ from .capture import check_warm
 from .flat_slice import FlatSlice
 from .functional import ACCUMULATORS
 from .layout import Interval
-from .memory import flatten, unflatten
+from .memory import flatten, unflatten, zeros
 
 State = MutableMapping[Tensor, dict[str, Any]]
 
@@ -72,9 +72,11 @@ def allocate(bucket: FlatBucket, *, capturable: bool) -> ShardState:
     shard, precision = bucket.own_param, bucket.precision
     device = shard.device if capturable else torch.device("cpu")
     steps = torch.zeros(len(bucket.params), dtype=_get_scalar_dtype(), device=device)
-    accumulators = tuple(torch.zeros_like(shard, dtype=precision.state) for _ in ACCUMULATORS)
-    # A copy: with one rank `to` would give the parameters themselves.
-    master = shard.to(precision.compute, copy=True) if precision.has_master else None
+    numel = shard.numel()
+    accumulators = tuple(zeros(numel, precision.state, shard.device) for _ in ACCUMULATORS)
+    master = None
+    if precision.has_master:
+        master = zeros(numel, precision.compute, shard.device).copy_(shard)
     rounds = precision.stochastic or precision.state == torch.bfloat16
     generator = torch.Generator(shard.device) if rounds else None
     state = ShardState(bucket, accumulators, master, generator, steps, ())
