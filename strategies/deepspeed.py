@@ -57,9 +57,9 @@ class FusedAdadelta(Adadelta):
     """`adadelta_dist.Adadelta` as the optimizer that DeepSpeed wraps.
 
     The step is fused where `fused` says so (default: from 2**20 elements on, which a ZeRO
-    shard usually has). Its state is fp32 at every precision of the model, because DeepSpeed
-    steps fp32 masters. A universal checkpoint, whose loader knows Adam's names only, is taken
-    over at the first step.
+    shard usually has). Its state has the precision of DeepSpeed's masters, which is fp32 at
+    every precision of the model unless the JSON asks for bf16 masters. A universal checkpoint,
+    whose loader knows Adam's names only, is taken over at the first step.
     """
 
     _in_training = True  # False while DeepSpeed builds its wrapper, which may step

@@ -32,7 +32,7 @@ class Checkpoint:
     Args:
         shapes: of every parameter that the optimizer has, in the model's names.
         groups: hyperparameters of each group, with the names of its parameters in "params".
-        read: whole tensor of a parameter: `read(name, "fp32")`, or one of `ACCUMULATORS`.
+        read: whole fp32 tensor of a parameter: `read(name, "fp32")`, or one of `ACCUMULATORS`.
         step: how many steps were taken.
         rest: what else the model has: buffers, frozen parameters, second names of tied ones.
         engine: what DeepSpeed's engine keeps: its counters, the scheduler, the client's state.
@@ -128,7 +128,7 @@ def from_torch(model: dict[str, Tensor], optimizer: dict[str, Any]) -> Checkpoin
         else:
             default = torch.zeros_like(whole)
         tensor: Tensor = entries[name].get(key, default)
-        return tensor
+        return tensor.float()
 
     for name in entries:
         for key in ("fp32", *ACCUMULATORS):

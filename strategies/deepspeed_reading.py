@@ -128,7 +128,7 @@ def _sharded(folder: Path, models: list[dict[str, Any]]) -> Checkpoint:
                 entry = bases[piece.rank]["state"].get(piece.flat, {})
                 flat = entry.get(key, entry.get(UNIVERSAL[key], torch.zeros_like(flat)))
             parts.append(flat.detach()[piece.start : piece.start + piece.numel])
-        return torch.cat(parts).view(shapes[name])
+        return torch.cat(parts).view(shapes[name]).float()  # bf16 with bf16_optimizer_states
 
     for group in groups:
         group["params"] = [name for flat in group["params"] for name in shapes_by_flat[flat]]

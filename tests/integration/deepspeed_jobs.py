@@ -142,11 +142,12 @@ def train_alone(steps, *, several=False, clip=0.0, rate=lambda step: 1.0, **para
     return losses
 
 
-def settings(stage, kind="FusedAdadelta", *, half=False, universal=False, **more):
+def settings(stage, kind="FusedAdadelta", *, half=False, bf16=None, universal=False, **more):
     zero = more.pop("zero", {})
     made = config(stage, kind=kind, params={"weight_decay": 0.01}, **more)
     made["zero_optimization"] |= zero
-    made |= {"bf16": {"enabled": half}, "checkpoint": {"load_universal": universal}}
+    made |= {"bf16": {"enabled": half} | (bf16 or {})}
+    made |= {"checkpoint": {"load_universal": universal}}
     return made | {"zero_allow_untested_optimizer": kind == "Adadelta"}
 
 

@@ -179,6 +179,25 @@ def test_optimizers_that_the_user_builds_are_treated_alike(deepspeed_pool):
             assert "it would be sharded twice" in found[f"{way}, sharded twice"]
 
 
+def with_experts(rank):
+    """The error for a model with a layer of experts at stage 0."""
+    jobs.prepare(rank, 2)
+    from deepspeed.moe.layer import MoE
+
+    width = jobs.FEATURES
+    model = torch.nn.Sequential(MoE(width, torch.nn.Linear(width, width), num_experts=2))
+    try:
+        jobs.build(jobs.config(0), model)
+    except ValueError as error:
+        return str(error)
+
+
+def test_sharding_a_model_with_experts_is_refused(deepspeed_pool):
+    for error in deepspeed_pool(2).run(with_experts):
+        assert error is not None
+        assert re.search(r'ShardedAdadelta with experts: .*"type": "FusedAdadelta"', error)
+
+
 def ways_to_configure(rank, path):
     deepspeed = jobs.prepare(rank, 2)
     from argparse import ArgumentParser
@@ -317,6 +336,7 @@ def refusals(deepspeed_pool):
     cases = [(config, config) for config, _ in WRONG.values()]
     cases += [(jobs.config(2), misconfigured(2, lr=0.5)), (jobs.config(2), misconfigured(2, rh=1))]
     cases += [(jobs.config(2), misconfigured(2, "FusdAdadelta"))]
+    cases += [(jobs.config(2), misconfigured(2, rho=1.5))]
     cases += [(jobs.config(2), jobs.config(2))]  # and nothing hangs on
     return deepspeed_pool(2).run(failing, cases, deadline=DEADLINE)
 
@@ -332,11 +352,13 @@ def test_bad_settings_are_explained_on_every_rank(refusals, name):
 
 def test_ranks_with_other_settings_all_fail(refusals):
     (first, _), (second, _) = refusals
-    differing, broken, misspelt, well = range(len(WRONG), len(WRONG) + 4)
+    differing, broken, misspelt, beyond, well = range(len(WRONG), len(WRONG) + 5)
     assert "RankError: deepspeed.initialize: the ranks disagree" in first[differing]
     assert "RankError: deepspeed.initialize: the ranks disagree" in second[differing]
     assert "RankError: deepspeed.initialize: rank 1 failed with ValueError" in first[broken]
     assert "'rh' is not a parameter" in second[broken]
     assert "RankError: deepspeed.initialize: rank 1 failed with ValueError" in first[misspelt]
     assert "'FusdAdadelta', which nobody knows" in second[misspelt]
+    assert "RankError: deepspeed.initialize: rank 1 failed with ValueError" in first[beyond]
+    assert "Invalid rho value: 1.5" in second[beyond]
     assert first[well] is second[well] is None

@@ -12,6 +12,7 @@ DEADLINE = 240.0  # the first run ever compiles DeepSpeed's communication for CP
 
 
 SUBGROUPS = {"zero": {"sub_group_size": 200}}  # stage 3 then has several flat tensors a group
+IN_BF16 = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 DOUBLING = {  # the rate of step 4 on; a schedule that begins anew would stay at 1
     "type": "LRRangeTest",
     "params": {
@@ -36,6 +37,8 @@ CASES = {
         "half": True,
         "data_types": {"grad_accum_dtype": "fp32"},  # DeepSpeed has another wrapper for this
     },
+    "stage 1, bf16, state in bf16": {"stage": 1, "half": True, "bf16": IN_BF16},
+    "stage 3, bf16, state in bf16": {"stage": 3, "half": True, "bf16": IN_BF16},
     "stage 0": {"stage": 0, "kind": "ShardedAdadelta"},
     "stage 0, torch's": {"stage": 0, "kind": "Adadelta"},
     "stage 0, bf16, two groups": {"stage": 0, "half": True, "kind": "ShardedAdadelta"},
@@ -162,6 +165,8 @@ def test_another_world_size_has_the_same_accumulators_and_goes_on(resumed, which
     assert same(*by_name)
     assert {float(entry["step"]) for entry in by_name[0].values()} == {3.0}
     assert all(entry["square_avg"].any() for entry in by_name[0].values())
+    tensors = [*result["saved"]["model"].values(), *(e["acc_delta"] for e in by_name[0].values())]
+    assert {t.dtype for t in tensors} == {torch.float32}, "whatever DeepSpeed's masters are"
     assert same(result["saved"]["model"], result["loaded"]["model"])
     for before, after in zip(saved["param_groups"], loaded["param_groups"], strict=True):
         assert set(before["param_names"]) == set(after["param_names"])
@@ -189,6 +194,9 @@ def test_canonical_state_is_that_of_one_process(resumed, name):
     tolerance = {"rtol": 0.05, "atol": 0.02} if "bf16" in name else {"rtol": 1e-4, "atol": 1e-6}
     named = dict(model.named_parameters())
     assert form["model"].keys() == named.keys()
+    if "bf16" in name:  # what is read are the masters, not the model's rounded parameters
+        rounded = all(torch.equal(t, t.bfloat16().float()) for t in form["model"].values())
+        assert rounded == ("state in bf16" in name)
     for group in form["optimizer"]["param_groups"]:
         for i, parameter in names_of(group):
             p = named[parameter]
@@ -207,6 +215,9 @@ def stage_zero(rank, world_size, root, steps, half, save):
     losses = jobs.run_steps(engine, rank, world_size, steps, dtype)
     if save:
         engine.save_checkpoint(root)
+        entries = engine.basic_optimizer.state_dict()["state"].values()
+        kinds = {type(entry["square_avg"]).__name__ for entry in entries}
+        assert kinds == {"FlatSlice"}, "rank 0 holds on to the whole state"
         losses += jobs.run_steps(engine, rank, world_size, AFTER, dtype)
     return losses
 

@@ -115,7 +115,8 @@ def reversing(rank, root):
     group = {"params": [0, 1], "param_names": ["a", "b"], "lr": 1.0, "rho": 0.9, "eps": 1e-6}
     long = torch.rand(100_000)
     model = {"a": master.bfloat16(), "b": long[:3], "buffer": torch.tensor([7.0])}
-    state = {0: entry | {"master": master}, 1: entry}
+    half = {"acc_delta": entry["acc_delta"].bfloat16()}  # as torch's own keeps it
+    state = {0: entry | half | {"master": master}, 1: entry}
     optimizer = {"state": state, "param_groups": [group]}
     broken = {
         "shape": {"state": state | {1: entry | {"square_avg": torch.rand(4)}}},
@@ -153,7 +154,9 @@ def reversed_(deepspeed_pool, tmp_path_factory):
 def test_masters_accumulators_and_buffers_of_torchs_form_become_universal(reversed_, way):
     root, whole, forms, _, progress = reversed_
     form, state = forms[way], whole["optimizer"]["state"]
-    assert same(form["optimizer"]["state"][0], {k: v for k, v in state[0].items() if k != "master"})
+    wanted = {key: value.float() for key, value in state[0].items() if key != "master"}
+    assert same(form["optimizer"]["state"][0], wanted)
+    assert form["optimizer"]["state"][0]["acc_delta"].dtype == torch.float32
     assert same(form["optimizer"]["state"][1], state[1])
     assert torch.equal(form["model"]["a"], state[0]["master"]), "rounded to the model's bfloat16"
     assert torch.equal(form["model"]["b"], whole["model"]["b"])

@@ -55,9 +55,10 @@ def transformers(rank, world_size, names, folder):
     module, results = example("train_transformers"), {}
     for name in names:
         module.start()
-        trainer = module.trainer(
-            path(name), Path(folder), 1, train_sampling_strategy="sequential", disable_tqdm=True
-        )
+        more = {"train_sampling_strategy": "sequential", "disable_tqdm": True}
+        if name == "bf16":
+            more |= {"bf16": True, "use_cpu": True}
+        trainer = module.trainer(path(name), Path(folder), 1, **more)
         trainer.args.logging_strategy, trainer.args.logging_steps = "steps", 1
         trainer.train()
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -105,10 +106,13 @@ def test_accelerate_takes_the_steps_of_one_process(deepspeed_pool):
 
 
 def test_transformers_takes_the_steps_of_one_process(deepspeed_pool, tmp_path):
-    results = deepspeed_pool(2).run(transformers, 2, CONFIGS, str(tmp_path), deadline=DEADLINE)
+    names = [*CONFIGS, "bf16"]
+    results = deepspeed_pool(2).run(transformers, 2, names, str(tmp_path), deadline=DEADLINE)
     module = example("train_transformers")
     data, net = module.Digits(), module.model()
     batches = list(zip(data.images.split(100), data.labels.split(100), strict=True))[:-1]
     wanted = alone(net.parameters(), lambda x, y: net(x, labels=y).loss, batches)
     assert len(wanted) == 17
+    half = [{"bf16": of_rank.pop("bf16")} for of_rank in results]
     check(results, wanted, rel=1e-5)
+    check(half, wanted, rel=1e-2)  # eight bits of mantissa, in the loss as well
