@@ -34,7 +34,8 @@ with namespaces.two_hosts() as hosts:
 
 @pytest.mark.timeout(600)  # on a new machine DeepSpeed compiles its operator first
 def test_a_quick_run_leaves_a_report_of_every_peer_and_pictures(tmp_path):
-    names = ["step", "iteration", "checkpoint", "growth", "two_hosts"]  # memory: test_benchmark_memory.py
+    # The memory benchmark has a file of its own.
+    names = ["step", "iteration", "checkpoint", "growth", "two_hosts"]
     command = [sys.executable, "-m", "benchmarks", *names, "--quick", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
