@@ -61,5 +61,5 @@ def test_nothing_that_is_allocated_grows_with_the_model(pool, world_size, policy
     for found in pool(world_size).run(peaks, policy):
         for backward, step in found:
             assert step < 1.1 * buckets * BUCKET_MB
-            # At stage 2 it depends on how far the ranks are apart (the benchmark's test has the sum).
+            # At stage 2 it depends on how far the ranks are apart (the benchmark has the sum).
             assert backward < 1.1 * buckets * BUCKET_MB + gradient or policy.stage == 2
