@@ -1,31 +1,38 @@
 """Tensors and the flat memory that holds them."""
 
-import mmap
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import ctypes
+import functools
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-_HUGE_PAGES_FROM = 2**22
-"""Bytes; a huge page has 2 MiB."""
+_HUGE_PAGE_BYTES = 2**21
+_MADV_HUGEPAGE = 14  # of Linux
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[numel] zeros; those that are many and on the CPU in huge pages, where Linux has them.
+    """[numel] zeros; on the CPU in huge pages, where Linux has them.
 
     A step goes through seven long arrays at once, and would spend a fifth of its time on
     looking up their pages (docs/performance.md).
     """
-    nbytes = numel * dtype.itemsize
-    if device.type == "cpu" and nbytes >= _HUGE_PAGES_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            pages.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(pages, dtype=dtype)
-    return torch.zeros(numel, dtype=dtype, device=device)
+    tensor = torch.empty(numel, dtype=dtype, device=device)
+    if device.type == "cpu" and sys.platform == "linux":  # before the first touch
+        page = _HUGE_PAGE_BYTES
+        start = -(-tensor.data_ptr() // page) * page
+        length = (tensor.data_ptr() + tensor.nbytes - start) // page * page
+        if length > 0:  # a wish: where it fails, pages are as they always were
+            _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+    return tensor.zero_()
+
+
+@functools.cache
+def _madvise() -> Callable[..., int]:
+    return ctypes.CDLL(None).madvise
 
 
 def unflatten(flat: Tensor, like: Tensor, order: Sequence[int]) -> Tensor:

@@ -135,11 +135,11 @@ def test_masters_and_dtypes_of_the_policy_are_in_the_plan():
     cost, wide = sharded(mlp(), cluster, narrow), sharded(mlp(), cluster)
     assert cost.traffic.sent == wide.traffic.sent / 2
     assert cost.memory["masters"] == n
-    # A copy of what is sent, and three quarters of it received; of fp32, sent as it is, one of
-    # the three is received in the shard.
-    largest = 4 * 10**6
-    assert cost.memory["in flight"] == 2 * n * 1.75 + largest
-    assert wide.memory["in flight"] == 4 * n * 0.5 + largest
+    # Of the larger bucket, which has three of the four layers: a copy of what is sent, and three
+    # quarters of it received; of fp32, sent as it is, one of the three is received in the shard.
+    largest, larger = 4 * 10**6, 3 * n // 4
+    assert cost.memory["in flight"] == 2 * larger * 1.75 + largest
+    assert wide.memory["in flight"] == 4 * larger * 0.5 + largest
 
 
 def test_one_rank_sends_nothing_and_keeps_one_set_of_gradients():
