@@ -17,7 +17,7 @@ _MADV_HUGEPAGE = 14  # of Linux
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[numel] zeros; on the CPU in huge pages, where Linux has them.
 
-    A step goes through seven long arrays at once, and would spend a fifth of its time on
+    A step goes through seven long arrays at once, and would spend a tenth of its time on
     looking up their pages (docs/performance.md).
     """
     tensor = torch.empty(numel, dtype=dtype, device=device)
