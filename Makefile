@@ -18,7 +18,7 @@ check: $(READY)  ## style, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## measure against every peer (half an hour and more), into benchmarks/results
+bench: $(READY)  ## measure against every peer (40 minutes), into benchmarks/results
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks
 
 clean:

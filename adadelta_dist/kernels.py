@@ -27,8 +27,8 @@ from .capture import check_warm
 logger = logging.getLogger("adadelta_dist")
 
 FUSED_MIN_NUMEL = 2**20
-"""`fused=None` compiles a kernel from this many elements on: below, the seconds of
-compilation are never earned back."""
+"""`fused=None` compiles a kernel from this many elements on: below, it takes thousands of
+steps to earn back the seconds of compilation."""
 
 Kernel = Callable[..., None]
 _OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
@@ -100,7 +100,8 @@ def missing(make: Callable[..., Kernel], device_type: str, *dtypes: torch.dtype)
         make(device_type, *dtypes)
     except Exception as error:  # whatever the compiler's toolchain raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        logger.warning("the fused step is off for %s on %s: %s", dtypes[0], device_type, reason)
+        kind = make.__name__.replace("_", " ")
+        logger.warning("no %s for %s on %s: %s", kind, dtypes[0], device_type, reason)
         return reason
     return None
 

@@ -139,8 +139,8 @@ def plan_layout(
     Args:
         specs: the parameters, in the optimizer's order.
         world_size: number of shards of each bucket.
-        bucket_bytes: a bucket takes parameters until it holds this much; the first one, with
-            several ranks, no more than `FIRST_BUCKET_BYTES`.
+        bucket_bytes: a bucket takes parameters until it holds this much; with several ranks the
+            first one until it holds `FIRST_BUCKET_BYTES`, if that is less.
     """
     limit = bucket_bytes if world_size == 1 else min(bucket_bytes, FIRST_BUCKET_BYTES)
     filled: list[tuple[Kind, list[Slot]]] = []

@@ -15,8 +15,8 @@ class ShardPolicy:
 
     Args:
         bucket_mb: a bucket takes parameters until it holds this much, in MiB; it is what
-            one reduction and one gather carry. The first one holds 1 MiB at most, or one
-            parameter, so that sending begins early in backward.
+            one reduction and one gather carry. With several ranks the first one takes them
+            until it holds 1 MiB, so that sending begins early in backward.
         overlap: start reductions during backward, from gradient hooks.
         gradients: "local": each rank has its own, and the optimizer averages them;
             "averaged": they are equal on all ranks already (DistributedDataParallel).

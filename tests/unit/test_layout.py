@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from adadelta_dist.layout import (
     ALIGN_BYTES,
+    FIRST_BUCKET_BYTES,
     Box,
     Bucket,
     Interval,
@@ -147,6 +148,15 @@ def test_buckets_are_limited_where_there_is_someone_to_send_to():
     assert bucket_limit(1.5, 2) == 3 * 2**19
     (bucket,) = plan_layout([ParamSpec(2**30, 4, ())] * 9, 1, bucket_limit(1.5, 1))
     assert len(bucket.slots) == 9
+
+
+@pytest.mark.parametrize(
+    ("world", "limit", "wanted"), [(2, 4, [2, 4, 3]), (2, 1, [1] * 9), (1, 9, [9])]
+)
+def test_the_first_bucket_is_full_early_where_there_is_someone_to_send_to(world, limit, wanted):
+    half = ParamSpec(FIRST_BUCKET_BYTES // 8, 4, ())
+    buckets = plan_layout([half] * 9, world, limit * FIRST_BUCKET_BYTES // 2)
+    assert [len(bucket.slots) for bucket in buckets] == wanted
 
 
 def test_one_large_parameter_is_cut_evenly():
