@@ -254,10 +254,11 @@ def all_gather_object(group: Group, mine: Any) -> list[Any]:
 def _average(rows: Sequence[Tensor], out: Tensor) -> None:
     """Mean of equal-sized rows, summed in the given order; half precision in fp32."""
     dtype = torch.promote_types(torch.promote_types(rows[0].dtype, out.dtype), torch.float32)
-    if rows[0].dtype == out.dtype == dtype:
-        total = torch.add(rows[0], rows[1], out=out)
+    total = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    if rows[0].dtype == dtype:
+        torch.add(rows[0], rows[1], out=total)  # which may be either of them
     else:
-        total = rows[0].to(dtype).add_(rows[1])
+        total.copy_(rows[0]).add_(rows[1])
     for row in rows[2:]:
         total.add_(row)
     total.div_(len(rows))
