@@ -12,6 +12,7 @@ from . import functional, hypergradients
 from .capture import check_warm, is_capturing
 from .functional import Entry
 from .layout import storage_order
+from .memory import zeros
 
 _PACK_NUMEL = 2**18
 
@@ -131,8 +132,8 @@ class Adadelta(torch.optim.Adadelta):
         for p in params:
             if not self.state[p] and p.is_contiguous() and not isinstance(p, DTensor):
                 kinds.setdefault((p.device, p.dtype), []).append(p)
-        for new in kinds.values():
-            flats = new[0].new_zeros((2, sum(p.numel() for p in new)))
+        for (device, dtype), new in kinds.items():
+            flats = zeros(2 * sum(p.numel() for p in new), dtype, device).view(2, -1)
             rows = [flat.split([p.numel() for p in new]) for flat in flats]
             for p, square_avg, acc_delta in zip(new, *rows, strict=True):
                 step_device = p.device if capturable else "cpu"
