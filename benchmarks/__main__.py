@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     if unknown := set(chosen.what) - set(SECTIONS):
         parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(SECTIONS)}")
     where = facts(shlex.join(["python", "-m", "benchmarks", *argv]))
-    used = [peer for peer in [*PEERS, BF16_WIRE, HYBRID] if peer.settings]
+    used = [peer for peer in [*PEERS, *BF16_WIRE, HYBRID] if peer.settings]
     settings = "\n".join(f"- {peer.name}: {peer.settings}." for peer in used)
     date = datetime.date.today().isoformat() + ("-quick" if chosen.quick else "")
     chosen.out.mkdir(parents=True, exist_ok=True)

@@ -251,12 +251,11 @@ PEERS = [
 ]
 """All peers of an iteration on one machine."""
 
-BF16_WIRE = _ours(
-    "bf16 on the wire",
-    "reduce_dtype and gather_dtype bfloat16, exact masters",
-    reduce_dtype=torch.bfloat16,
-    gather_dtype=torch.bfloat16,
-)
+_HALF = {"reduce_dtype": torch.bfloat16, "gather_dtype": torch.bfloat16}
+BF16_WIRE = [
+    _ours("bf16 on the wire", "reduce_dtype and gather_dtype bfloat16, exact masters", **_HALF),
+    _ours("bf16 on the wire, overlap_gather", overlap_gather=True, **_HALF),
+]
 HYBRID = Peer(
     "ShardedAdadelta, hybrid", _hybrid, "sharded within a host, replicated across", "ours"
 )

@@ -47,7 +47,7 @@ class Plan:
     iterations: int = 2
 
 
-ALL = [*PEERS, BF16_WIRE]
+ALL = [*PEERS, *BF16_WIRE]
 SHARDED = [OURS, HYBRID]
 PLANS = [
     Plan(Perceptron((1024, 3072, 3072, 3072, 1000)), ALL, (1, 2, 10)),
