@@ -107,9 +107,16 @@ def test_equal_facts_have_equal_digests_of_eight_bytes():
     assert len(one) == 8
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_average_is_the_sum_in_rank_order(dtype):
-    rows = [torch.tensor([value], dtype=dtype) for value in (1.0, 1 / 256, 1 / 256)]
+@pytest.mark.parametrize(
+    ("sent", "dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_the_average_is_the_sum_in_rank_order(sent, dtype):
+    rows = [torch.tensor([value], dtype=sent) for value in (1.0, 1 / 256, 1 / 256)]
     out = torch.empty(1, dtype=dtype)
     collectives._average(rows, out)
     # In bf16 the small terms would vanish one by one: it is summed in fp32.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adadelta_dist import memory
+from adadelta_dist import Adadelta, memory
 
 CPU = torch.device("cpu")
 PAGE = 2**21
@@ -34,6 +34,16 @@ def test_what_is_long_lies_in_huge_pages(pages, huge):
     assert not zeros.any()
     middle = zeros[numel // 2 :]
     assert numel == 0 or has_huge_pages(middle) is huge
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are Linux's")
+def test_so_do_the_accumulators_of_a_fused_step():
+    param = torch.nn.Parameter(torch.zeros(4 * PAGE))
+    param.grad = torch.ones(4 * PAGE)
+    optimizer = Adadelta([param], fused=True)
+    optimizer.step()
+    for name in ("square_avg", "acc_delta"):
+        assert has_huge_pages(optimizer.state[param][name][2 * PAGE :])
 
 
 def test_a_system_that_refuses_huge_pages_gives_others(monkeypatch):
