@@ -45,13 +45,21 @@ def test_a_python_block_runs_in_one_process(code, tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True)
 
 
+ENDS = """
+import torch.distributed
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+"""
+
+
 @pytest.mark.parametrize("code", blocks("python"))
 def test_a_python_block_runs_under_torchrun(code, tmp_path):
     script = tmp_path / "block.py"
     # A block that does not initialise the process group itself is given one.
     if "init_process_group" not in code:
         code = "import torch.distributed\ntorch.distributed.init_process_group('gloo')\n" + code
-    script.write_text(code + "\nimport torch.distributed\ntorch.distributed.barrier()\n")
+    script.write_text(code + ENDS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     quiet = environment() | {"PYTHONWARNINGS": "default"}  # torchrun's own warnings
     subprocess.run(
