@@ -128,12 +128,6 @@ class GradientReducer:
         self, edits: list[bool], facts: Sequence[str], error: Exception | None
     ) -> list[bool]:
         """Learn which edits and which gradients any rank has, in one message."""
-        if self.group.world_size == 1:  # nobody to ask, perhaps of thousands of gradients
-            if error is not None:
-                raise error
-            for bucket in self.buckets:
-                bucket.present = bucket.has_gradients()
-            return edits
         here = [has for bucket in self.buckets for has in bucket.has_gradients()]
         # Equal on all ranks if and only if the maximum of the digest and the maximum of
         # its complement still add up to 255, byte by byte.
