@@ -351,15 +351,16 @@ if how == "destroy":
 """
 
 
-# A thread of gloo that drops the last tensors of a collective that is over while Python ends aborts
-# the process (pytorch/pytorch#190489). What is in flight here is waited for by no thread.
+# A thread of gloo that drops the last tensors of a collective that is over while Python ends may
+# abort the process (pytorch/pytorch#190489), hence the sleep. What is in flight here is waited for
+# by no thread. Should it abort all the same, faulthandler says in which thread.
 @pytest.mark.parametrize("how", ["exit", "delete", "destroy"])
 def test_leaving_with_reductions_in_flight_ends_well(tmp_path, how):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    python = [sys.executable, "-X", "faulthandler", "-c"]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", LEAVES_IN_FLIGHT, str(rank), str(tmp_path / "store"), how],
-            env=environment,
+            [*python, LEAVES_IN_FLIGHT, str(rank), str(tmp_path / "store"), how], env=environment
         )
         for rank in range(2)
     ]
