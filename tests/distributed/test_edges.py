@@ -352,8 +352,9 @@ if how == "destroy":
 
 
 # A thread of gloo that drops the last tensors of a collective that is over while Python ends may
-# abort the process (pytorch/pytorch#190489), hence the sleep. What is in flight here is waited for
-# by no thread. Should it abort all the same, faulthandler says in which thread.
+# abort the process (pytorch/pytorch#190489), which plain torch does too: hence the sleep. What is
+# in flight here is waited for by no thread. Should it abort all the same, faulthandler says in
+# which thread.
 @pytest.mark.parametrize("how", ["exit", "delete", "destroy"])
 def test_leaving_with_reductions_in_flight_ends_well(tmp_path, how):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
