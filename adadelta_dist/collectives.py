@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from enum import IntEnum
 from itertools import chain
 from typing import Any
 
@@ -27,6 +28,17 @@ from .groups import FIRST_CHANNEL, Group
 _native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _native_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+
+
+class _Lane(IntEnum):
+    """What a pairwise message is part of. One thread starts all of one lane, in one order."""
+
+    GRADIENTS = 0
+    STATE = 1
+    PARAMETERS = 2
+    GRADIENTS_IN_THREAD = 3
+
+
 _channels = [FIRST_CHANNEL]
 _abandoned: list["Pending"] = []
 _backgrounds: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
@@ -37,7 +49,7 @@ _backgrounds: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = 
 def open_channel(group: Group) -> Group:
     """The same ranks with a channel of their own. Collective.
 
-    Pairwise messages are kept apart by their tag: gradients, state, parameters. Native
+    Pairwise messages are kept apart by their tag (`_Lane`). Native
     collectives have no tags: they get a process group of their own, so that the user's
     collectives between backward and step never pair with ours, whichever of ours a rank has
     started by then. For the same reason what ranks agree on goes another way than the
@@ -45,7 +57,7 @@ def open_channel(group: Group) -> Group:
     theirs has none.
     """
     agreed = int(combine(group, torch.tensor(_channels[0]), "max"))
-    _channels[0] = agreed + 3
+    _channels[0] = agreed + len(_Lane)
     replicas = None if group.replicas is None else _own_communicator(group.replicas)
     return replace(_own_communicator(group), channel=agreed, replicas=replicas)
 
@@ -87,14 +99,19 @@ class Pending:
             _abandoned.append(self)
 
 
-def reduce_scatter(group: Group, flat: Tensor, shard: Tensor) -> Pending:
+def reduce_scatter(
+    group: Group, flat: Tensor, shard: Tensor, *, in_thread: bool = False
+) -> Pending:
     """Average `flat` over the ranks; each rank gets its own shard of the result.
 
     Collective: every rank calls it, in the same order of buckets.
 
     Args:
-        flat: [world_size * shard_numel], this rank's gradients; read until `wait()`.
+        flat: [world_size * shard_numel] or, where exchanged pairwise, [world_size, shard_numel]
+            with rows that are contiguous; this rank's gradients, read until `wait()`.
         shard: [shard_numel], the result, of any dtype; may be `flat` itself with one rank.
+        in_thread: it is called by the one thread that reduces, not by backward or the step:
+            which of them comes first may differ from rank to rank.
     """
     if group.world_size == 1:
         if shard is not flat:
@@ -114,8 +131,9 @@ def reduce_scatter(group: Group, flat: Tensor, shard: Tensor) -> Pending:
     received = {  # one of the first two rows of the sum may be received where the sum goes
         source: shard if source == first else torch.empty_like(rows[source]) for source, _ in around
     }
-    works = [_receive(group, row, source) for source, row in received.items()]
-    works += [_send(group, rows[target], target) for _, target in around]
+    lane = _Lane.GRADIENTS_IN_THREAD if in_thread else _Lane.GRADIENTS
+    works = [_receive(group, row, source, lane) for source, row in received.items()]
+    works += [_send(group, rows[target], target, lane) for _, target in around]
     for source, row in received.items():
         rows[source] = row
 
@@ -146,8 +164,8 @@ def all_gather(group: Group, flat: Tensor, wire_dtype: torch.dtype | None = None
         work = _native_all_gather(flat, rows[group.rank], group=group.process_group, async_op=True)
         return Pending((work,))
     around = [_around(group, distance) for distance in range(1, group.world_size)]
-    works = [_receive(group, rows[source], source, lane=2) for source, _ in around]
-    works += [_send(group, rows[group.rank], target, lane=2) for _, target in around]
+    works = [_receive(group, rows[source], source, lane=_Lane.PARAMETERS) for source, _ in around]
+    works += [_send(group, rows[group.rank], target, lane=_Lane.PARAMETERS) for _, target in around]
     return Pending(tuple(works))
 
 
@@ -202,11 +220,11 @@ def gather_slices(group: Group, mine: Tensor, numels: Sequence[int], dst: int) -
     """
     if group.rank != dst:
         if mine.numel():
-            _send(group, mine, dst, lane=1).wait()
+            _send(group, mine, dst, lane=_Lane.STATE).wait()
         return None
     pieces = [mine if rank == dst else mine.new_empty(n) for rank, n in enumerate(numels)]
     works = [
-        _receive(group, piece, rank, lane=1)
+        _receive(group, piece, rank, lane=_Lane.STATE)
         for rank, piece in enumerate(pieces)
         if rank != dst and piece.numel()
     ]
@@ -227,11 +245,11 @@ def scatter_slices(
     """
     if whole is None:
         if mine.numel():
-            _receive(group, mine, src, lane=1).wait()
+            _receive(group, mine, src, lane=_Lane.STATE).wait()
         return
     pieces = whole.to(mine.device).split(list(numels))
     works = [
-        _send(group, piece, rank, lane=1)
+        _send(group, piece, rank, lane=_Lane.STATE)
         for rank, piece in enumerate(pieces)
         if rank != src and piece.numel()
     ]
@@ -290,11 +308,11 @@ def _process_group(group: Group) -> dist.ProcessGroup:
     return group.process_group
 
 
-def _send(group: Group, tensor: Tensor, target: int, lane: int = 0) -> Any:
+def _send(group: Group, tensor: Tensor, target: int, lane: _Lane) -> Any:
     target = dist.get_global_rank(_process_group(group), target)
     return dist.isend(tensor, target, group=group.process_group, tag=group.channel + lane)
 
 
-def _receive(group: Group, tensor: Tensor, source: int, lane: int = 0) -> Any:
+def _receive(group: Group, tensor: Tensor, source: int, lane: _Lane) -> Any:
     source = dist.get_global_rank(_process_group(group), source)
     return dist.irecv(tensor, source, group=group.process_group, tag=group.channel + lane)

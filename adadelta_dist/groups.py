@@ -26,8 +26,7 @@ class Group:
         world_size: number of ranks in the group.
         channel: first tag of pairwise messages, the same on all ranks and new for each
             optimizer, so that what one of them left unfinished never reaches another. The
-            next two tags are for state and for parameters, which may travel while reductions
-            are in flight.
+            next tags are for what may travel besides (`collectives._Lane`).
         replicas: the ranks that own the same shard in other groups like this one.
         control: the same ranks over gloo, for messages that the host reads; None:
             `process_group` sends from the CPU itself.

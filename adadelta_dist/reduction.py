@@ -84,14 +84,16 @@ class Reduction:
             self.in_order.wait(done)
 
 
-def _start(group: Group, flat: Tensor, wire: torch.dtype, shard: Tensor) -> Pending:
+def _start(
+    group: Group, flat: Tensor, wire: torch.dtype, shard: Tensor, *, in_thread: bool = False
+) -> Pending:
     if group.world_size > 1:
         flat = flat.to(wire)  # itself where that is its dtype
-    return collectives.reduce_scatter(group, flat, shard)
+    return collectives.reduce_scatter(group, flat, shard, in_thread=in_thread)
 
 
 def _reduce(group: Group, flat: Tensor, wire: torch.dtype, shard: Tensor) -> None:
-    _start(group, flat, wire, shard).wait(_FOREVER)
+    _start(group, flat, wire, shard, in_thread=True).wait(_FOREVER)
 
 
 def _abandon(pending: Sequence[Pending]) -> None:
