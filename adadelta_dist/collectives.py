@@ -29,7 +29,6 @@ _native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.re
 _native_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-
 class _Lane(IntEnum):
     """What a pairwise message is part of. One thread starts all of one lane, in one order."""
 

@@ -1,6 +1,7 @@
 """Averaging the gradients of one bucket into this rank's shard of them."""
 
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -14,6 +15,12 @@ from .collectives import Pending
 from .groups import Group
 from .in_order import InOrder
 
+PIECE_NUMEL = 2**20
+"""Elements that a thread sends and receives at once, all ranks' together: few enough for one
+piece to be converted and another to be averaged while others travel."""
+
+PIECES_ON_THEIR_WAY = 3
+
 _FOREVER = timedelta(days=365)
 """Nobody may ever answer what a dropped optimizer has sent. Were a thread to give up on it,
 gloo would close the connections of the whole process group."""
@@ -23,8 +30,8 @@ class Reduction:
     """The reductions of one bucket, one after the other.
 
     Where gradients are received in the shard itself they take no memory, and all buckets may
-    travel at once. Else those of one bucket travel after those of the other, in a thread:
-    backward must not wait for a rank that has not come that far.
+    travel at once. Else a thread sends them piece by piece, those of one bucket after those of
+    the other: backward must not wait for a rank that has not come that far.
 
     Args:
         group: the ranks.
@@ -49,20 +56,24 @@ class Reduction:
     def start(self, flat: Tensor, shard: Tensor) -> None:
         """Start averaging the gradients `flat` into this rank's shard. Collective."""
         if self._takes_memory:
-            self._done = self.in_order.submit(
-                partial(_reduce, self._group, flat, self._wire, shard)
-            )
+            average = partial(_average_in_pieces, self._group, flat, self._wire, shard)
+            self._done = self.in_order.submit(average)
         else:
             self._pending.append(_start(self._group, flat, self._wire, shard))
 
     def start_adding(self, flat: Tensor, shard: Tensor) -> None:
         """Start averaging the gradients `flat`, to be added to this rank's shard. Collective."""
+        if self._in_thread:
+            add_average = partial(
+                _average_in_pieces, self._group, flat, self._wire, shard, add=True
+            )
+            self._done = self.in_order.submit(add_average)
+            return
         average = torch.empty_like(shard)
         pending = _start(self._group, flat, self._wire, average)
-        timeout = _FOREVER if self._in_thread else None
 
         def add() -> None:
-            pending.wait(timeout)
+            pending.wait()
             shard.add_(average)
 
         self._done = self.in_order.submit(add)
@@ -92,8 +103,27 @@ def _start(
     return collectives.reduce_scatter(group, flat, shard, in_thread=in_thread)
 
 
-def _reduce(group: Group, flat: Tensor, wire: torch.dtype, shard: Tensor) -> None:
-    _start(group, flat, wire, shard, in_thread=True).wait(_FOREVER)
+def _average_in_pieces(
+    group: Group, flat: Tensor, wire: torch.dtype, shard: Tensor, *, add: bool = False
+) -> None:
+    """Average the gradients into this rank's shard, or add their average to it. Collective."""
+    numel = max(1, PIECE_NUMEL // group.world_size)
+    rows = flat.view(group.world_size, -1)
+    on_their_way: deque[tuple[Pending, Tensor, Tensor]] = deque()
+    for piece, of_shard in zip(rows.split(numel, dim=1), shard.split(numel), strict=True):
+        average = torch.empty_like(of_shard) if add else of_shard
+        pending = _start(group, piece, wire, average, in_thread=True)
+        on_their_way.append((pending, average, of_shard))
+        if len(on_their_way) == PIECES_ON_THEIR_WAY:
+            _finish(*on_their_way.popleft())
+    for piece_on_its_way in on_their_way:
+        _finish(*piece_on_its_way)
+
+
+def _finish(pending: Pending, average: Tensor, of_shard: Tensor) -> None:
+    pending.wait(_FOREVER)
+    if average is not of_shard:
+        of_shard.add_(average)
 
 
 def _abandon(pending: Sequence[Pending]) -> None:

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from adadelta_dist import ShardPolicy
+from adadelta_dist.planning.model_plan import from_module
+from adadelta_dist.planning.planner import Cluster, sharded
 
 from . import ranks
 from .peers import OURS, PEERS, Peer, Setup
@@ -179,18 +181,12 @@ libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = _MallInfo
 
 
-def formula(task: Task, stage: int, world_size: int) -> float:
-    """Bytes of an iteration by docs/design.md, for fp32 parameters on gloo."""
+def planned(task: Task, stage: int, world_size: int) -> float:
+    """Bytes of an iteration, as `adadelta-dist plan` says."""
     with torch.device("meta"):
-        sizes = [4 * p.numel() for p in task.model().parameters()]
-    params, gradient = sum(sizes), max(sizes)  # the gradient that autograd has just made
-    shards = 3 * params / world_size  # two accumulators and averaged gradients
-    bucket = -(-ShardPolicy().bucket_mb * 2**20 // gradient) * gradient
-    received = bucket * (world_size - 2) / world_size  # the first of the others' rows needs no room
-    if stage == 1:
-        return 2 * params + shards + received + gradient
-    # One bucket fills, and one travels, with its average.
-    return params + shards + 2 * bucket + received + bucket / world_size + gradient
+        model = from_module(task.model())
+    cluster = Cluster(world_size, backend="gloo")
+    return sharded(model, cluster, ShardPolicy(stage=stage)).peak
 
 
 def resident_bytes(key: str) -> int:

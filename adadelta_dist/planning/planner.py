@@ -13,6 +13,7 @@ from typing import Literal
 from ..layout import Bucket, ParamSpec, bucket_limit, plan_layout
 from ..policy import ShardPolicy
 from ..precision import Precision, precision_of
+from ..reduction import PIECE_NUMEL, PIECES_ON_THEIR_WAY
 from .model_plan import ModelPlan
 
 KINDS = (
@@ -217,18 +218,24 @@ class _BucketCost:
     def accumulators(self) -> int:
         return 2 * self.plan.shard_numel * self.precision.state.itemsize
 
-    def copied(self) -> int:
-        """What is sent, where that is not the gradients' own memory."""
-        reduce = self.precision.reduce
-        return self.at(reduce.itemsize) if reduce != self.plan.kind[0].to_real() else 0
+    def reducing(self, stage: int, *, pairwise: bool) -> int:
+        """What a reduction takes beside the gradients and this rank's shard of averages.
 
-    def received(self, *, pairwise: bool) -> int:
-        """Where a reduction arrives, if not in the shard itself."""
-        reduce, shard = self.precision.reduce, self.plan.shard_numel
-        is_exact = reduce == self.precision.compute  # then one of the rows arrives in the shard
-        if pairwise:
-            return (self.plan.numel - shard - shard * is_exact) * reduce.itemsize
-        return 0 if is_exact else shard * reduce.itemsize
+        Copies where they are not sent as they are; where they arrive, if not in the shard itself;
+        at stage 2 their average, before it is added. Pairwise it goes piece by piece.
+        """
+        reduce, world_size = self.precision.reduce, self.plan.numel // self.plan.shard_numel
+        numel = self.plan.numel
+        if pairwise and world_size > 1:
+            numel = min(numel, PIECES_ON_THEIR_WAY * PIECE_NUMEL)
+        shard = numel // world_size
+        average = shard * self.precision.compute.itemsize if stage == 2 else 0
+        if world_size == 1:
+            return average
+        copied = 0 if reduce == self.plan.kind[0].to_real() else numel
+        is_exact = reduce == self.precision.compute  # then a row arrives where its average goes
+        received = (numel - shard if pairwise else shard) - shard * is_exact
+        return (copied + received) * reduce.itemsize + average
 
     def gathering(self) -> int:
         """Where parameters travel in another dtype than their own."""
@@ -244,16 +251,15 @@ def _passing(buckets: list[_BucketCost], cluster: Cluster, policy: ShardPolicy) 
     travel one after the other if pairwise, all at once by native collectives.
     """
     pairwise = cluster.backend == "gloo"
-    alone = cluster.shards == 1
     at_once = len(buckets) if policy.overlap_gather else 3
     gathers = [b.gathering() for b in buckets]
     gathering = max((sum(gathers[i : i + at_once]) for i in range(len(gathers))), default=0)
     whole, travelling, peaks = sum(b.whole for b in buckets), 0, [(0, 0)]
     for bucket in buckets:
-        reducing = 0 if alone else bucket.copied() + bucket.received(pairwise=pairwise)
+        reducing = bucket.reducing(policy.stage, pairwise=pairwise)
         if policy.stage == 2:
             peaks.append((bucket.whole, bucket.largest + travelling))
-            travelling = bucket.whole + bucket.average + reducing
+            travelling = bucket.whole + reducing
         else:
             if policy.gradients == "local":
                 travelling = max(travelling, reducing) if pairwise else travelling + reducing

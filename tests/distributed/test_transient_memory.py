@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from adadelta_dist import ShardedAdadelta, ShardPolicy
+from adadelta_dist import ShardedAdadelta, ShardPolicy, reduction
 
 BUCKET_MB = 4
 LAYERS = 16  # of half a bucket each
 M_MMAP_THRESHOLD = -3
+SMALL_PIECE_MB = 0.25
 
 POLICIES = {
     "overlap": ShardPolicy(bucket_mb=BUCKET_MB),
@@ -34,6 +35,14 @@ def peak_of(call):
     before = resident_mb("VmRSS")
     call()
     return resident_mb("VmHWM") - before
+
+
+def peaks_of_small_pieces(rank, policy):
+    whole, reduction.PIECE_NUMEL = reduction.PIECE_NUMEL, int(SMALL_PIECE_MB * 2**18)
+    try:
+        return peaks(rank, policy)
+    finally:
+        reduction.PIECE_NUMEL = whole
 
 
 def peaks(rank, policy):
@@ -63,3 +72,11 @@ def test_nothing_that_is_allocated_grows_with_the_model(pool, world_size, policy
             assert step < 1.1 * buckets * BUCKET_MB
             # At stage 2 it depends on how far the ranks are apart (the benchmark has the sum).
             assert backward < 1.1 * buckets * BUCKET_MB + gradient or policy.stage == 2
+
+
+@pytest.mark.parametrize("name", ["overlap", "in bfloat16"])
+def test_of_a_bucket_in_pieces_only_pieces_take_memory(pool, name):
+    on_their_way = reduction.PIECES_ON_THEIR_WAY * SMALL_PIECE_MB
+    for found in pool(4).run(peaks_of_small_pieces, POLICIES[name]):
+        for backward, _ in found:
+            assert backward - BUCKET_MB / 2 < 1.3 * on_their_way < 0.25 * BUCKET_MB

@@ -1,4 +1,4 @@
-"""Memory of both stages, at its peak and between iterations, is what docs/design.md says."""
+"""Memory of both stages, at its peak and between iterations, is as planned."""
 
 from functools import partial
 
@@ -22,9 +22,9 @@ def used():
     return {stage: ranks.run(2, memory.usage, peer, LARGE) for stage, peer in stages.items()}
 
 
-def test_peak_memory_is_the_formulas(used):
+def test_peak_memory_is_as_planned(used):
     for stage in (1, 2):
-        wanted = memory.formula(LARGE, stage, 2)
+        wanted = memory.planned(LARGE, stage, 2)
         for rank in used[stage]:
             assert rank.resident == pytest.approx(wanted, rel=0.05)
     assert max(rank.resident for rank in used[2]) < 0.85 * min(r.resident for r in used[1])
