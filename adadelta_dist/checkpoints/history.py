@@ -9,18 +9,20 @@ from .folder import MANIFEST, SUMS, discard, is_incomplete, read_manifest, tempo
 def checkpoints_in(folder: Path) -> list[Path]:
     """The complete checkpoints of `save_checkpoint` in a folder, the oldest first.
 
-    A folder counts if its manifest can be read and its checksums are there. Whether its
+    A folder counts if its manifest can be read and its checksums are there; what else there is,
+    or may not be looked into, is passed over. Whether its
     files are intact is seen when it is loaded.
     """
     found = []
     for path in folder.iterdir():
-        if is_incomplete(path.name) or not (path / MANIFEST).is_file():
+        if is_incomplete(path.name):
             continue
         try:
-            manifest = read_manifest(path)
-        except (OSError, ValueError):
+            is_complete = (path / MANIFEST).is_file() and (path / SUMS).is_file()
+            manifest = read_manifest(path) if is_complete else None
+        except (OSError, ValueError):  # a folder that may not be read, such as lost+found
             continue
-        if manifest is not None and (path / SUMS).is_file():
+        if manifest is not None:
             found.append((str(manifest["saved_at"]), path))
     return [path for _, path in sorted(found)]
 

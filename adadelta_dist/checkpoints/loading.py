@@ -92,7 +92,9 @@ def load_checkpoint(
             check_values(values)
     read_into(plan.target, source, process_group=group.process_group)
     with agreement(group, "load_checkpoint"):  # the model's own hooks may raise
-        options = StateDictOptions(strict=strict)
+        # What is missing has been refused above, or is wanted so. torch itself would miss the
+        # second name of a module that a wrapped model has twice.
+        options = StateDictOptions(strict=False)
         set_model_state_dict(model, plan.target["model"], options=options)
     optimizer.load_state_dict(optimizer_state_dict(plan.optimizer))
     return Loaded(source, extra, plan.skipped)

@@ -135,8 +135,16 @@ def _match_groups(groups: Groups, current: Groups, skipped: list[str]) -> Groups
         if found is None:
             skipped.append(f"no group of the checkpoint has the parameters of group {g}")
         own = {key: group[key] for key in ("params", "param_names")}
-        merged.append(group | (found or {}) | own)
+        new = {key: _like(value, group.get(key)) for key, value in (found or {}).items()}
+        merged.append(group | new | own)
     return merged
+
+
+def _like(value: Any, current: Any) -> Any:
+    """A Tensor hyperparameter where the current one is, and learned if that is."""
+    if isinstance(value, Tensor) and isinstance(current, Tensor):
+        return value.to(current.device).requires_grad_(current.requires_grad)
+    return value
 
 
 def _state_keys(saved: Saved) -> dict[str, set[str]]:

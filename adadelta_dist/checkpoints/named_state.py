@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict
 
 from .. import groups
 from ..groups import Group
@@ -98,12 +98,8 @@ def named_groups(
     Args:
         keys: of the model's state dict: names without the prefixes of wrappers.
     """
-    names: dict[Tensor, str] = {}
-    for name, p in model.named_parameters():
-        bare = name.replace("_orig_mod.", "")  # torch.compile
-        while bare not in keys and bare.startswith("module."):  # DistributedDataParallel
-            bare = bare.removeprefix("module.")
-        names[p] = bare
+    # As the state dict's own keys were made: a child may be called like a wrapper's prefix.
+    names = {p: next(iter(_get_fqns(model, name))) for name, p in model.named_parameters()}
     for g, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
             if names.get(p) not in keys:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +114,19 @@ def test_links_are_neither_counted_nor_removed_but_are_followed(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "c").symlink_to(runs / "c")
     assert latest_checkpoint(tmp_path / "elsewhere") == tmp_path / "elsewhere" / "c"
+
+
+def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
+    paths = [save(tmp_path / name) for name in "ab"]
+    (tmp_path / "lost+found").mkdir()
+    is_file = Path.is_file
+
+    def refused(path):
+        if path.parent.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert checkpoints_in(tmp_path) == paths
+    save(tmp_path / "c", keep=1)
+    assert latest_checkpoint(tmp_path) == tmp_path / "c"

@@ -1,6 +1,7 @@
 """One process loads: all that was saved comes back, and what fails changes nothing."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -246,3 +247,46 @@ def test_loading_what_matches_leaves_the_rest(tmp_path):
     )
     assert torch.equal(got[0].matrix, before[0].matrix)
     assert torch.equal(got[0].image, build()[0].image)
+
+
+class Twice(nn.Module):
+    """One module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.again = self.first
+
+    def forward(self, x):
+        return self.again(self.first(x))
+
+
+WRAPPERS = {
+    "bare": lambda module: module,
+    "compiled": lambda module: torch.compile(module, backend="eager"),
+    "DDP": nn.parallel.DistributedDataParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_module_with_two_names_comes_back(mesh, tmp_path, wrap):
+    module = wrap(Twice())
+    optimizer = Adadelta(module.parameters())
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    wanted = [p.detach().clone() for p in module.parameters()]
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    assert load_checkpoint(tmp_path / "a", module, optimizer).skipped == ()
+    assert all(map(torch.equal, module.parameters(), wanted))
+
+
+def test_a_learning_rate_that_is_learned_still_is(tmp_path):
+    module = nn.Linear(2, 2)
+    saved, current = (torch.tensor(lr, requires_grad=True) for lr in (0.25, 1.0))
+    make = functools.partial(Adadelta, list(module.parameters()), differentiable=True)
+    save_checkpoint(tmp_path / "a", module, make(lr=saved))
+    optimizer = make(lr=current)
+    load_checkpoint(tmp_path / "a", module, optimizer)
+    lr = optimizer.param_groups[0]["lr"]
+    assert (lr.item(), lr.requires_grad) == (0.25, True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from checkpoints import assert_equal, build
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from adadelta_dist import Adadelta, ShardedAdadelta
 from adadelta_dist.checkpoints.named_state import (
@@ -45,6 +46,35 @@ def test_names_are_those_of_the_bare_model(mesh, cls, inner, outer):
     assert sorted(named["optimizer"]["param_groups"][0]["params"]) == sorted(NAMES)
     for name, p in zip(named["optimizer"]["param_groups"][0]["params"],
                        optimizer.param_groups[0]["params"], strict=True):  # fmt: skip
+        assert named["model"][name].data_ptr() == p.data_ptr()
+
+
+class Prefixed(nn.Module):
+    """What DistributedDataParallel calls its own child, beside a parameter of the same name."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Linear(3, 3)
+        self.bias = nn.Parameter(torch.zeros(3))
+
+
+WRAPPED = {
+    "a name within a wrapper's prefix": lambda: nn.parallel.DistributedDataParallel(Prefixed()),
+    "recomputed children": lambda: nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2))),
+    "a wrapped child": lambda: nn.ModuleDict(
+        {"g": nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), "d": nn.Linear(2, 2)}
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED)
+def test_every_parameter_has_its_own_name_however_it_is_wrapped(mesh, wrapped):
+    module = wrapped()
+    optimizer = Adadelta(module.parameters())
+    named = named_state(module, optimizer)
+    names = named["optimizer"]["param_groups"][0]["params"]
+    assert len(set(names)) == len(names)
+    for name, p in zip(names, optimizer.param_groups[0]["params"], strict=True):
         assert named["model"][name].data_ptr() == p.data_ptr()
 
 
