@@ -40,9 +40,12 @@ def attach(
     model: nn.Module,
     bucket_of: Mapping[Tensor, FlatBucket],
     wait: Callable[[Sequence[FlatBucket]], None],
-) -> list[torch.utils.hooks.RemovableHandle]:
+) -> set[FlatBucket]:
     """Have each module wait for its own parameters before its forward, and before its state
     is read or loaded; torch's attention for its children's as well.
+
+    Returns:
+        The buckets all of whose parameters some module waits for.
 
     Raises:
         ValueError: the model has trainable parameters that are in no bucket.
@@ -55,18 +58,19 @@ def attach(
             f"attach: the model's parameters {strangers[:3]} (of {len(strangers)}) are not the "
             "optimizer's. Attach the model whose parameters it was built with."
         )
-    handles = []
+    owned: set[Tensor] = set()
     for module in model.modules():
         read = module.parameters(recurse=isinstance(module, _READ_CHILDREN))
-        own = [bucket_of[p] for p in read if p in bucket_of]
-        buckets = list(dict.fromkeys(own))
+        own = [p for p in read if p in bucket_of]
+        owned.update(own)
+        buckets = list(dict.fromkeys(bucket_of[p] for p in own))
         if buckets:
 
             def hook(*_: Any, buckets: Sequence[FlatBucket] = buckets) -> None:
                 wait(buckets)
 
-            handles.append(module.register_forward_pre_hook(hook, prepend=True))
-            handles.append(module.register_state_dict_pre_hook(hook))
+            module.register_forward_pre_hook(hook, prepend=True)
+            module.register_state_dict_pre_hook(hook)
             # What is loaded must not be overwritten by what arrives late.
-            handles.append(module.register_load_state_dict_pre_hook(hook))
-    return handles
+            module.register_load_state_dict_pre_hook(hook)
+    return {b for b in set(bucket_of.values()) if owned.issuperset(b.params)}

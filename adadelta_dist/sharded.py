@@ -132,15 +132,20 @@ class ShardedAdadelta(ShardedGradients):
         """Say which model waits for its parameters, with `policy.overlap_gather`. Collective.
 
         Each module waits before its forward, `state_dict` and `load_state_dict` for the
-        parameters that it owns. Whoever reads or writes them in another way (a module that uses
-        another's weight, an average of the weights) calls `wait()` first.
+        parameters that it owns. `step` waits for buckets that hold others: another model's, or
+        parameters added later (attach again). Whoever reads or writes them in another way (a
+        module that uses another's weight, an average of the weights) calls `wait()` first.
 
         Raises:
             ValueError: the model has trainable parameters that the optimizer does not have.
         """
-        with agreement(self._group, "attach"):
+        with agreement(self._group, "attach") as mine:
             bucket_of = {p: shard.bucket for shard in self._shards for p in shard.bucket.params}
-            self._attached.extend(attach(model, bucket_of, self._gathers.wait))
+            waited_for = attach(model, bucket_of, self._gathers.wait)
+            numbers = [i for i, shard in enumerate(self._shards) if shard.bucket in waited_for]
+            mine.facts.append(f"waits for buckets {numbers}")
+        if self._policy.overlap_gather:
+            self._left_open |= waited_for
 
     def wait(self) -> None:
         """Return when all parameters are here, which `step` with `overlap_gather` leaves open."""
@@ -183,7 +188,7 @@ class ShardedAdadelta(ShardedGradients):
         self._step_supports_amp_scaling = group.world_size > 1 or policy.stage == 2
         self._consolidated = None
         self._gathers = Gathers()
-        self._attached: list[torch.utils.hooks.RemovableHandle] = []
+        self._left_open: set[FlatBucket] = set()
         self._announced = False
         Joinable.__init__(self)
 
@@ -218,6 +223,7 @@ class ShardedAdadelta(ShardedGradients):
             super()._update()
             return
         if not self._installed:
+            self._consolidated = None
             if is_capturing():
                 check_capture(self._policy, {"differentiable=True on several ranks": True})
             with averaged_grads(self._group, self.param_groups):
@@ -270,20 +276,18 @@ class ShardedAdadelta(ShardedGradients):
 
     def _step_shards(self, fused: list[bool], inverse_scale: float) -> None:
         """Update what this rank owns, bucket by bucket, and gather the rest. Collective."""
-        waits_later = self._policy.overlap_gather and self._attached
-        stays_open = bool(waits_later) and not is_capturing()
+        left_open = set() if is_capturing() else self._left_open
         # What stays open goes in the order of the next forward, whose first layers wait first.
-        for shard in reversed(self._shards) if stays_open else self._shards:
+        for shard in reversed(self._shards) if left_open else self._shards:
             shard.bucket.wait()
             if any(shard.bucket.present):
                 g = shard.bucket.group_index
                 group = self.param_groups[g]
                 step_(shard, group, fused=fused[g], inverse_scale=inverse_scale)
                 self._gathers.start(shard.bucket)
-                if self._policy.gather_dtype is not None and not stays_open:
+                if self._policy.gather_dtype is not None and not left_open:
                     self._gathers.leave(2)  # each takes memory of its own
-        if not stays_open:
-            self.wait()
+        self._gathers.wait([s.bucket for s in self._shards if s.bucket not in left_open])
 
     def _flat_params(self) -> list[list[Tensor]]:
         """By group, what is stepped of each bucket on all ranks together."""

@@ -6,10 +6,10 @@ gather_state_dict()     one rank: the whole, torch's form   scatter_state_dict(w
 
 import pickle
 from collections import defaultdict
-from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from . import collectives, fingerprint, state
 from .adadelta import Adadelta
@@ -120,6 +120,7 @@ class StateDicts(Adadelta):
             RankError: another rank failed, or the ranks load different checkpoints.
         """
         if not self._installed:
+            self._consolidated = None
             super().load_state_dict(state_dict)
             return
         with agreement(self._group, "load_state_dict") as mine:
@@ -157,8 +158,9 @@ class StateDicts(Adadelta):
             mine.facts.append(f"{argument}={dst}")
             state.reclaim(self._shards, self.state)
         whole: defaultdict[Tensor, Any] = defaultdict(dict)
-        if not self._installed:  # all is as in torch: no shards
-            whole.update({p: deepcopy(entry) for p, entry in self.state.items()})
+        if not self._installed:  # all is as in torch: no shards, but perhaps a graph
+            for p, entry in self.state.items():
+                whole[p] = tree_map_only(Tensor, _on_cpu, entry)
         for shard in self._shards if self._group.replica == 0 else ():
             for i, p in enumerate(shard.bucket.params):
                 entry = state.gather(shard, i, dst)
@@ -210,3 +212,8 @@ def _portable(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     pickle.dumps(portable)
     return portable
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """A copy without history."""
+    return tensor.detach().to("cpu", copy=True)

@@ -1,11 +1,13 @@
 """Gradients through a step on several ranks are those through one process's step."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from adadelta_dist import Adadelta, RankError, ShardedAdadelta
+from adadelta_dist import Adadelta, RankError, ShardedAdadelta, collectives
 
 SHAPES = ((2, 3), (4,), (3,))
 MISSING = (1, 1)
@@ -199,3 +201,33 @@ def sparse(rank):
 
 def test_a_sparse_gradient_is_an_error_on_every_rank(pool):
     pool(2).run(sparse)
+
+
+def state_of_several_moments(rank):
+    """Steps by what is consolidated and then outdated, by what is loaded, and by `gather`."""
+    p, factor = torch.zeros(2).clone(), torch.ones(2, requires_grad=True)
+    optimizer = ShardedAdadelta([p], differentiable=True)
+
+    def step():
+        p.grad = 2 * factor
+        optimizer.step()
+
+    def steps():
+        return int(optimizer.state_dict()["state"][0]["step"])
+
+    step()
+    optimizer.consolidate_state_dict(0)
+    step()
+    stepped = steps()
+    gathered = optimizer.gather_state_dict(0)
+    optimizer.consolidate_state_dict(0)
+    loaded = copy.deepcopy(optimizer.state_dict()) if rank == 0 else None
+    loaded = collectives.all_gather_object(optimizer._group, loaded)[0]
+    loaded["state"][0]["step"].fill_(7)
+    optimizer.load_state_dict(loaded)
+    entry = gathered["state"][0] if rank == 0 else {}
+    return stepped, steps(), any(value.requires_grad for value in entry.values()), len(entry)
+
+
+def test_state_is_that_of_the_moment_and_gathers_without_its_graph(pool):
+    assert pool(2).run(state_of_several_moments) == [(2, 7, False, 3), (2, 7, False, 0)]

@@ -167,3 +167,39 @@ def attend(rank, training):
 @pytest.mark.parametrize("training", [False, True])
 def test_attention_waits_for_what_it_takes_from_its_children(pool, training):
     assert pool(2).run(attend, training) == [True, True]
+
+
+def with_parameters_that_nobody_waits_for(rank, how):
+    """(whether the forward after a step is right at once, the buckets left open)."""
+    module = model()
+    head = copy.deepcopy(module)
+    if how == "another model's":
+        params = [*module.parameters(), *head.parameters()]
+    else:
+        module.requires_grad_(False)
+        head, params = module, list(module[-1].requires_grad_(True).parameters())
+    optimizer = ShardedAdadelta(params, policy=POLICIES[0])
+    optimizer.attach(module)
+    if how == "added later":
+        module.requires_grad_(True)
+        optimizer.add_param_group({"params": list(module[0].parameters())})
+    start = optimizer._gathers.start
+
+    def start_late(bucket):
+        time.sleep(0.2 * rank)
+        start(bucket)
+
+    optimizer._gathers.start = start_late
+    loss_of(head, batch(rank, 0)).backward()
+    optimizer.step()
+    left_open = len(optimizer._gathers._pending)
+    early = head(batch(0, 5)).detach()
+    optimizer.wait()
+    return torch.equal(early, head(batch(0, 5)).detach()), left_open
+
+
+@pytest.mark.parametrize("how", ["another model's", "added later"])
+def test_step_waits_for_what_no_module_waits_for(pool, how):
+    found = pool(2).run(with_parameters_that_nobody_waits_for, how)
+    assert [right for right, _ in found] == [True, True]
+    assert (found[0][1] > 0) == (how == "added later")  # whose other buckets are still open
