@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint._traverse import set_element
 
 from ..functional import ACCUMULATORS
 
@@ -105,6 +106,8 @@ def flatten(value: Any, at: Keys = ()) -> dict[Keys, Any]:
 def optimizer_root(paths: Iterable[Keys]) -> Keys | None:
     """Where the optimizer's state dict lies; None if there is none.
 
+    Beside one at "optimizer", what a model calls so is the model's: a child, or extra state.
+
     Raises:
         ValueError: there are several.
     """
@@ -114,6 +117,8 @@ def optimizer_root(paths: Iterable[Keys]) -> Keys | None:
         for i, key in enumerate(path)
         if str(key).partition(".")[0] == "param_groups"
     }
+    if ("optimizer",) in roots:
+        roots = {root: None for root in roots if root[:1] != ("model",)}
     if len(roots) > 1:
         where = ", ".join(".".join(map(str, root)) for root in roots)
         raise ValueError(f"it holds several optimizers, at {where}: save each on its own")
@@ -182,7 +187,7 @@ def parse_optimizer(
         elif dotted:
             flat.setdefault(name, {})[key] = value
         else:
-            nested.setdefault(path[1], {})[path[2]] = value.read()
+            set_element(nested.setdefault(path[1], {}), path[2:], value.read())
     groups = [nested[i] for i in sorted(nested)] or _regroup(flat)
     names: dict[Any, str] = {}
     for group in groups:

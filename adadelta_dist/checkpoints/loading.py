@@ -19,6 +19,8 @@ from .named_state import group_of, named_state, optimizer_state_dict
 from .reading import CheckpointError, load_plain, read_into
 from .saving import settle
 
+_NOT_STRICT = StateDictOptions(strict=False)
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -92,10 +94,8 @@ def load_checkpoint(
             check_values(values)
     read_into(plan.target, source, process_group=group.process_group)
     with agreement(group, "load_checkpoint"):  # the model's own hooks may raise
-        # What is missing has been refused above, or is wanted so. torch itself would miss the
-        # second name of a module that a wrapped model has twice.
-        options = StateDictOptions(strict=False)
-        set_model_state_dict(model, plan.target["model"], options=options)
+        # `match` was strict; torch would miss the second name of a module in a wrapped model.
+        set_model_state_dict(model, plan.target["model"], options=_NOT_STRICT)
     optimizer.load_state_dict(optimizer_state_dict(plan.optimizer))
     return Loaded(source, extra, plan.skipped)
 

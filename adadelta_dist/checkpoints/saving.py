@@ -3,7 +3,7 @@
 import atexit
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,6 +196,13 @@ def _is_whole(value: Any) -> bool:
 
 def _check_readable(state: dict[str, Any]) -> None:
     """Whether what is no tensor, such as an extra state of a module, will load again."""
+    for name, entry in state["optimizer"]["state"].items():
+        nested = [key for key, value in entry.items() if isinstance(value, Mapping)]
+        if nested:
+            raise TypeError(
+                f"optimizer state {nested[0]!r} of {name} cannot be saved: it is a mapping. Give "
+                "tensors and plain values, each under a key of its own"
+            )
     leaves, _ = flatten_state_dict(state)
     for key, value in leaves.items():
         if not (isinstance(value, Tensor) or type(value) in (bool, int, float, str)):

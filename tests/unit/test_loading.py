@@ -290,3 +290,42 @@ def test_a_learning_rate_that_is_learned_still_is(tmp_path):
     load_checkpoint(tmp_path / "a", module, optimizer)
     lr = optimizer.param_groups[0]["lr"]
     assert (lr.item(), lr.requires_grad) == (0.25, True)
+
+
+class Inner(nn.Linear):
+    """Holds another optimizer's state, and has a child of a state dict's name."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.param_groups = nn.Linear(2, 2)
+
+    def get_extra_state(self):
+        return torch.optim.SGD([self.weight], lr=0.1).state_dict()
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def test_what_a_model_calls_like_an_optimizers_state_is_the_models(tmp_path):
+    module = Inner()
+    optimizer = Adadelta(module.parameters())
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    assert load_checkpoint(tmp_path / "a", module, optimizer).skipped == ()
+    assert module.extra == module.get_extra_state()
+
+
+def test_options_of_groups_come_back_as_they_were(tmp_path):
+    module, options = nn.Linear(2, 2), {"schedule": {"kind": "cos", "at": {"first": 10}}}
+    group = {"params": list(module.parameters())}
+    save_checkpoint(tmp_path / "a", module, Adadelta([group | options]))
+    optimizer = Adadelta([group | {"schedule": None}])
+    load_checkpoint(tmp_path / "a", module, optimizer)
+    assert {key: optimizer.param_groups[0][key] for key in options} == options
+
+
+def test_nested_state_is_refused_before_anything_is_written(tmp_path):
+    module, optimizer = build()
+    optimizer.state[module.matrix]["mine"] = {"a": torch.ones(2)}
+    with pytest.raises(TypeError, match=r"state 'mine' of matrix cannot be saved: it is a mapping"):
+        save_checkpoint(tmp_path / "a", module, optimizer)
+    assert list(tmp_path.iterdir()) == []
