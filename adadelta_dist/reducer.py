@@ -10,18 +10,22 @@ any rank are reduced again on all.
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import agreement, collectives
 from .agreement import RankError
 from .buckets import FlatBucket
 from .capture import is_capturing
 from .groups import Group
+
+_hooks: MutableMapping[Tensor, torch.utils.hooks.RemovableHandle] = WeakTensorKeyDictionary()
+"""Of all parameters: the latest optimizer's."""
 
 
 class GradientReducer:
@@ -184,8 +188,10 @@ class GradientReducer:
         me, unhooked, self._unhooked = weakref.ref(self), self._unhooked, []
         for b, i, p in unhooked:
             if p.requires_grad and p.is_leaf:
-                hook = _gradient_hook(me, b, i)
-                self._handles.append(p.register_post_accumulate_grad_hook(hook))
+                if p in _hooks:  # of an optimizer before this one, which would take its gradients
+                    _hooks[p].remove()
+                _hooks[p] = p.register_post_accumulate_grad_hook(_gradient_hook(me, b, i))
+                self._handles.append(_hooks[p])
             else:
                 self._unhooked.append((b, i, p))
 

@@ -7,17 +7,27 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adadelta_dist import ShardedAdadelta
+from adadelta_dist import ShardedAdadelta, ShardPolicy
 
 
-def clip_grad_value_(optimizer: Optimizer, clip_value: float) -> None:
+def clip_grad_value_(optimizer: Optimizer, clip_value: float, *, scaled: bool = False) -> None:
     """Clamp the averaged gradients to [-clip_value, clip_value]. Collective.
 
     As `torch.nn.utils.clip_grad_value_` in one process. With more ranks only the averaged
-    shards are clamped; `p.grad` stays the local gradient.
+    shards are clamped; `p.grad` stays the local gradient. Where steps of gradients that are not
+    finite are skipped, these stay so: an inf that was clamped would be stepped with.
+
+    Args:
+        scaled: a `GradScaler` skips such steps, and has not looked at these gradients yet.
     """
-    if not isinstance(optimizer, ShardedAdadelta) or optimizer._group.world_size == 1:
-        torch.nn.utils.clip_grad_value_(parameters(optimizer), clip_value)
+    policy = optimizer._policy if isinstance(optimizer, ShardedAdadelta) else ShardPolicy()
+    skips = scaled or policy.skip_nonfinite
+    if not isinstance(optimizer, ShardedAdadelta) or (
+        optimizer._group.world_size == 1 and policy.stage == 1
+    ):
+        grads = [p.grad for p in parameters(optimizer) if p.grad is not None]
+        if not (skips and _is_nonfinite(grads)):
+            torch.nn.utils.clip_grad_value_(parameters(optimizer), clip_value)
         return
     reducer = optimizer._reducer
     reducer.clipped = False  # an earlier clip, whose step was skipped
@@ -25,7 +35,13 @@ def clip_grad_value_(optimizer: Optimizer, clip_value: float) -> None:
     reducer.clipped = True
     for bucket in reducer.buckets:
         bucket.wait()
-        bucket.grad_shard.clamp_(-clip_value, clip_value)
+        if not (skips and _is_nonfinite([bucket.grad_shard])):
+            bucket.grad_shard.clamp_(-clip_value, clip_value)
+
+
+def _is_nonfinite(grads: Iterable[Tensor]) -> bool:
+    norms = [torch.linalg.vector_norm(grad, float("inf")) for grad in grads if grad.numel()]
+    return not all(map(torch.isfinite, norms))
 
 
 def scale_of(optimizer: Optimizer, scaler: Any) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
@@ -164,6 +165,8 @@ functools.update_wrapper(initialize, deepspeed.initialize, assigned=())
 
 
 def _is_supported_optimizer(engine: Any, name: str) -> bool:
+    if engine.local_rank >= 0:  # DeepSpeed does so after this, but ranks talk here already
+        get_accelerator().set_device(engine.local_rank)
     with agreement(join(None), "deepspeed.initialize"):
         if name not in TYPES and not _theirs["_is_supported_optimizer"](engine, name):
             raise ValueError(_unknown(name))

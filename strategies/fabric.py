@@ -138,7 +138,9 @@ class ShardedAdadeltaFabricStrategy(fabric.strategies.ddp.DDPStrategy):
         self, module: nn.Module, optimizer: Optimizer, clip_val: float
     ) -> None:
         """Clamp the averaged gradients. Collective."""
-        clipping.clip_grad_value_(optimizer, clip_val * self._scale(optimizer))
+        limit = clip_val * self._scale(optimizer)
+        scaled = getattr(self.precision, "scaler", None) is not None
+        clipping.clip_grad_value_(optimizer, limit, scaled=scaled)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -274,9 +274,10 @@ def _clip_gradients(
     if not clip_val or clip_val <= 0:
         return
     bare = _bare(optimizer)
-    clip_val *= clipping.scale_of(bare, getattr(plugin, "scaler", None))
+    scaler = getattr(plugin, "scaler", None)
+    clip_val *= clipping.scale_of(bare, scaler)
     if gradient_clip_algorithm == pl.utilities.GradClipAlgorithmType.VALUE:
-        clipping.clip_grad_value_(bare, clip_val)
+        clipping.clip_grad_value_(bare, clip_val, scaled=scaler is not None)
     else:
         bare.clip_grad_norm_(clip_val)
 

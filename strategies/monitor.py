@@ -81,8 +81,12 @@ class AdadeltaMonitor(pl.callbacks.Callback):
             self._rows, self._row_of = self._layout(trainer, pl_module)
             self._sums = torch.zeros(len(self._rows), _SUMS, dtype=torch.float64)
 
-    def on_before_optimizer_step(self, *_: Any) -> None:
+    def on_before_optimizer_step(self, trainer: "pl.Trainer", *_: Any) -> None:
         """Notice a step that is about to happen."""
+        # DeepSpeed's engine accumulates gradients itself, and is called for every micro-batch.
+        is_last = getattr(trainer.model, "is_gradient_accumulation_boundary", None)
+        if trainer.strategy.handles_gradient_accumulation and is_last and not is_last():
+            return
         self._skipped += self._attempted  # the one before has not happened
         self._attempted = True
 

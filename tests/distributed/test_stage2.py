@@ -286,3 +286,25 @@ def test_what_nobody_answers_does_no_harm(pool):
     wanted, _ = reference([(0, 0), (1, 0)], divide_by=2)
     for got in pool(2).run(unanswered):
         assert_close(got, wanted)
+
+
+def two_optimizers(rank, stage):
+    """How far the parameters move by the second optimizer, while the first is still there."""
+    p = torch.nn.Parameter(torch.ones(8))
+    policy = ShardPolicy(stage=stage)
+    first, second = (ShardedAdadelta([p], policy=policy) for _ in range(2))
+    moved = []
+    for _ in range(2):
+        before = p.detach().clone()
+        (p * (rank + 1.0)).sum().backward()
+        second.step()
+        second.zero_grad()
+        moved.append((before - p.detach()).min().item())
+    del first
+    return min(moved)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_are_the_latest_optimizers(pool, world_size, stage):
+    assert all(moved > 0 for moved in pool(world_size).run(two_optimizers, stage))

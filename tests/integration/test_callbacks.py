@@ -3,6 +3,7 @@
 import math
 import time
 from itertools import islice
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -10,7 +11,7 @@ import torch
 from lightning_jobs import Job, loader, make_module, run, run_alone
 from ranks import RankFailure
 
-from adadelta_dist import ShardedAdadelta, ShardPolicy
+from adadelta_dist import Adadelta, ShardedAdadelta, ShardPolicy
 
 EVERY = 2
 
@@ -450,3 +451,19 @@ def test_bad_arguments_are_refused():
             make()
     with pytest.raises(ValueError, match="no metric 'nothing'"):
         watched(None, 1, Job(), {"EpsDecay": {"monitor": "nothing"}})
+
+
+def test_the_monitor_takes_no_micro_batch_for_a_step_that_was_skipped():
+    """DeepSpeed's engine accumulates by itself, and is asked to step each time."""
+    from adadelta_dist.strategies.callbacks import AdadeltaMonitor
+
+    monitor, optimizer = AdadeltaMonitor(), Adadelta(torch.nn.Linear(2, 2).parameters())
+    boundary = iter([False, False, True] * 2)
+    engine = SimpleNamespace(is_gradient_accumulation_boundary=lambda: next(boundary))
+    strategy = SimpleNamespace(handles_gradient_accumulation=True)
+    trainer = SimpleNamespace(model=engine, strategy=strategy)
+    for micro_batch in range(6):
+        monitor.on_before_optimizer_step(trainer, None, optimizer)
+        if micro_batch % 3 == 2:
+            monitor._after_step(optimizer, (), {})
+    assert monitor._skipped == 0

@@ -3,10 +3,13 @@
 import inspect
 import json
 import re
+from functools import partial
 
 import deepspeed_jobs as jobs
 import pytest
 import torch
+
+from adadelta_dist import collectives
 
 STEPS = 5
 DEADLINE = 240.0  # the first run ever compiles DeepSpeed's communication for CPUs
@@ -362,3 +365,30 @@ def test_ranks_with_other_settings_all_fail(refusals):
     assert "RankError: deepspeed.initialize: rank 1 failed with ValueError" in first[beyond]
     assert "Invalid rho value: 1.5" in second[beyond]
     assert first[well] is second[well] is None
+
+
+def order_of_initialize(rank):
+    """What happens while the engine is built: devices are chosen, ranks talk."""
+    jobs.prepare(rank, 2)
+    from deepspeed.accelerator import get_accelerator
+
+    seen, monkeypatch = [], pytest.MonkeyPatch()
+    for at, name in ((get_accelerator(), "set_device"), (collectives, "all_gather_object")):
+        monkeypatch.setattr(at, name, partial(noted, seen, name, getattr(at, name)))
+    try:
+        jobs.build(jobs.config(2))
+    finally:
+        monkeypatch.undo()
+    return seen
+
+
+def noted(seen, name, function, *args):
+    seen.append(name)
+    return function(*args)
+
+
+def test_ranks_talk_when_each_has_its_device(deepspeed_pool):
+    """With NCCL they would all do so over the first one."""
+    for seen in deepspeed_pool(2).run(order_of_initialize, deadline=DEADLINE):
+        assert "all_gather_object" in seen
+        assert seen[0] == "set_device"
