@@ -166,7 +166,8 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         if self._checkpoint == "sharded":
             if storage_options is not None:
                 raise TypeError("storage_options: a sharded checkpoint does not use CheckpointIO")
-            sharded_checkpoint.save(group, checkpoint, Path(filepath))
+            assert self.lightning_module is not None
+            sharded_checkpoint.save(group, checkpoint, Path(filepath), self.lightning_module)
             return
         with agreement(group, f"saving {filepath}"):
             if self.is_global_zero:

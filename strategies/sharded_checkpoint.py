@@ -42,13 +42,18 @@ def is_folder(path: Path) -> bool:
     return (path / _META).is_file()
 
 
-def save(group: Group, checkpoint: dict[str, Any], path: Path) -> None:
+def save(group: Group, checkpoint: dict[str, Any], path: Path, module: nn.Module) -> None:
     """Write Lightning's checkpoint, whose optimizer states come from `by_name`. Collective.
 
-    The folder appears, or takes the place of an older one, when it is complete.
+    The folder appears, or takes the place of an older one, when it is complete. Parameters, which
+    are equal, come from whichever rank has least to write; buffers, which need not be, from rank 0.
     """
     rest = dict(checkpoint)
-    content = {"model": rest.pop("state_dict")}
+    tensors = rest.pop("state_dict")
+    if group.rank != 0:
+        equal = dict(module.named_parameters())
+        tensors = {name: value for name, value in tensors.items() if name in equal}
+    content = {"model": tensors}
     for i, state in enumerate(rest.pop("optimizer_states", ())):
         content[f"optimizer_{i}"] = state
     unfinished = path.with_name(f"{path.name}.unfinished")

@@ -136,3 +136,17 @@ def test_two_optimizers(pool, tmp_path, kind):
     (path, *_) = sorted(tmp_path.iterdir())
     resumed = curve(pool(3).run(run, 3, Job(module="manual", resume=str(path))))
     np.testing.assert_allclose(resumed, whole[-len(resumed) :], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_running_statistics_go_on_as_those_of_rank_0(pool, tmp_path, kind):
+    """They differ over the ranks when a checkpoint is written, in mid-epoch."""
+    whole = pool(2).run(run, 2, Job(module="normalised"))[0]["state"]
+    job = Job(module="normalised", strategy={"checkpoint": kind}, save=save_at(tmp_path))
+    pool(2).run(run, 2, job)
+    resumed = Job(module="normalised", resume=str(tmp_path / "step=12.ckpt"))
+    state = pool(2).run(run, 2, resumed)[0]["state"]
+    buffers = [name for name in whole if "running" in name or name == "seen"]
+    assert len(buffers) == 3
+    for name in buffers:
+        np.testing.assert_allclose(state[name], whole[name], rtol=1e-6)
