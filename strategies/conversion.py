@@ -112,3 +112,16 @@ def _watch_step(optimizer: ShardedAdadelta) -> None:
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     optimizer.step = step  # type: ignore[method-assign]
+
+
+def shard_added_groups_(optimizer: ShardedAdadelta) -> None:
+    """Shard parameter groups that were put behind those that are. Collective.
+
+    Lightning's finetuning callbacks assign `param_groups` when a run goes on in which they had
+    added some.
+    """
+    sharded = len(optimizer._params)
+    added = optimizer.param_groups[sharded:]
+    del optimizer.param_groups[sharded:]
+    for group in added:
+        optimizer.add_param_group(group)

@@ -210,6 +210,7 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
             )
         assert self.lightning_module is not None
         for state, optimizer in zip(saved, map(_bare, self.optimizers), strict=True):
+            conversion.shard_added_groups_(optimizer)
             if isinstance(state, sharded_checkpoint.OnDisk):
                 sharded_checkpoint.load_optimizer(state, optimizer, self.lightning_module)
             else:
