@@ -73,7 +73,8 @@ def train_epoch(engine: Any, data: Data, seed: int, epoch: int) -> float:
     """One pass over the data. Returns the mean loss. Collective."""
     inputs, labels = data.train
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    pieces, losses = engine.gradient_accumulation_steps(), torch.zeros(())
+    pieces = engine.gradient_accumulation_steps()
+    losses = torch.zeros((), device=engine.device)  # where the ranks can add it up
     order = batches(len(inputs), engine.train_batch_size(), seed, epoch, rank, world_size)
     for indices, batch_size in order:
         for piece in range(pieces):
@@ -83,7 +84,7 @@ def train_epoch(engine: Any, data: Data, seed: int, epoch: int) -> float:
             # though the shares may differ in length.
             engine.backward(total * (world_size * pieces / batch_size))
             engine.step()
-            losses += total.detach().cpu()
+            losses += total.detach()
     dist.all_reduce(losses)
     return losses.item() / len(inputs)
 
@@ -100,8 +101,8 @@ def test_error(engine: Any, data: Data) -> float:
     inputs, labels = data.test
     mine = share(torch.arange(len(inputs)), dist.get_rank(), dist.get_world_size())
     dtype = next(engine.module.parameters()).dtype
-    answers = engine(inputs[mine].to(engine.device, dtype)).argmax(1).cpu()
-    wrong = (answers != labels[mine]).sum().float()
+    answers = engine(inputs[mine].to(engine.device, dtype)).argmax(1)
+    wrong = (answers != labels[mine].to(engine.device)).sum().float()
     dist.all_reduce(wrong)
     return 100 * wrong.item() / len(inputs)
 

@@ -19,6 +19,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.utils import is_optimized_parameter
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
 
@@ -194,7 +195,10 @@ def _configure_basic_optimizer(engine: Any, model_parameters: Any) -> Any:
         _check_stage(kind, engine)
         mine.facts.append(f"{kind} {sorted(options.items())}")
     if not engine.zero_optimization():
-        model_parameters = _named(model_parameters, engine.module)
+        # DeepSpeed's masters leave out what is frozen, so that names and parameters would differ.
+        is_half = engine.bfloat16_enabled() or engine.fp16_enabled()
+        kept = is_optimized_parameter if is_half else _is_any
+        model_parameters = _named(model_parameters, engine.module, kept)
     if kind == "ShardedAdadelta":
         policy = ShardPolicy(gradients="averaged", overlap=False)
         return StageZeroAdadelta(model_parameters, process_group=group, policy=policy, **options)
@@ -274,12 +278,18 @@ def _guess(name: str, known: Iterable[str]) -> str:
     return f"Did you mean {folded[close[0]]!r}? " if close else ""
 
 
-def _named(groups: list[Any], module: torch.nn.Module) -> list[Any]:
+def _is_any(_: Tensor) -> bool:
+    return True
+
+
+def _named(
+    groups: list[Any], module: torch.nn.Module, is_kept: Callable[[Tensor], bool]
+) -> list[Any]:
     """The same parameters or groups with names, for a checkpoint that says what is what."""
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
 
     def named(params: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
-        return [(names.get(p, f"unnamed.{i}"), p) for i, p in enumerate(params)]
+        return [(names.get(p, f"unnamed.{i}"), p) for i, p in enumerate(params) if is_kept(p)]
 
     if groups and isinstance(groups[0], dict):
         return [group | {"params": named(_listed(group["params"]))} for group in groups]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from deepspeed_jobs import Odd, build, config, prepare, read_forms, run_steps
 from typer.testing import CliRunner
@@ -77,3 +78,25 @@ def test_what_cannot_become_universal_is_refused_in_one_line(tmp_path):
     assert status == 1
     assert "has no optimizer: a universal checkpoint needs both" in errors.replace("\n", " ")
     assert [f.name for f in tmp_path.iterdir()] == ["a.pt"]
+
+
+def of_half_precision(rank, folder, kind):
+    """Names of the parameters whose state comes out of a stage 0 checkpoint in bf16."""
+    prepare(rank, 2)
+    from adadelta_dist.strategies.deepspeed_checkpoint import to_torch
+    from adadelta_dist.strategies.deepspeed_reading import read_deepspeed
+
+    engine = build(config(0, kind=kind, bf16={"enabled": True}), model=Odd())[0]
+    run_steps(engine, rank, 2, range(2), torch.bfloat16)
+    engine.save_checkpoint(str(folder))
+    torch.distributed.barrier()
+    if rank:
+        return None
+    group = to_torch(read_deepspeed(folder))["optimizer"]["param_groups"][0]
+    return sorted(group["param_names"])
+
+
+@pytest.mark.parametrize("kind", ["ShardedAdadelta", "FusedAdadelta"])
+def test_frozen_layers_are_left_out_of_stage_0_in_half_precision(deepspeed_pool, tmp_path, kind):
+    names, _ = deepspeed_pool(2).run(of_half_precision, tmp_path, kind, deadline=240.0)
+    assert names == ["inner.bias", "inner.weight", "out.bias", "out.weight", "tied.bias"]

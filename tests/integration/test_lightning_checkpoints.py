@@ -18,6 +18,7 @@ from lightning_jobs import (
     run,
     run_alone,
 )
+from ranks import RankFailure
 
 # In mid-epoch: an epoch has 8 steps.
 SAVE = {"every_n_train_steps": 3, "save_top_k": -1, "filename": "{step}"}
@@ -150,3 +151,16 @@ def test_running_statistics_go_on_as_those_of_rank_0(pool, tmp_path, kind):
     assert len(buffers) == 3
     for name in buffers:
         np.testing.assert_allclose(state[name], whole[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_masters_are_made_where_there_are_none_and_never_dropped(pool, tmp_path, kind):
+    saved = {}
+    for precision in ("32-true", "bf16-true"):
+        save = save_at(tmp_path / precision)
+        job = Job(strategy={"checkpoint": kind}, save=save, trainer={"precision": precision})
+        pool(2).run(run, 2, job)
+        saved[precision] = str(tmp_path / precision / "step=12.ckpt")
+    pool(2).run(run, 2, Job(resume=saved["32-true"], trainer={"precision": "bf16-true"}))
+    with pytest.raises(RankFailure, match="would be dropped"):
+        pool(2).run(run, 2, Job(resume=saved["bf16-true"], trainer={"precision": "32-true"}))
