@@ -12,6 +12,7 @@ number of ranks takes the same steps, and goes on from a checkpoint made with an
 import argparse
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def build(args: argparse.Namespace, sizes: list[int]) -> tuple[Any, list[dict[st
     if universal:  # so that the number of ranks may be another
         folder, tag = args.out, "universal"
         if dist.get_rank() == 0:
+            shutil.rmtree(folder / tag, ignore_errors=True)  # of an earlier resume
             write_universal(read_deepspeed(args.resume / "checkpoint"), folder / tag)
         dist.barrier()
     _, client = engine.load_checkpoint(str(folder), tag)
