@@ -19,7 +19,7 @@ from .capture import check_warm
 from .collectives import Pending
 from .groups import Group
 from .layout import Bucket, Interval, ParamSpec, bucket_limit, plan_layout, storage_order
-from .memory import Places, flatten, unflatten, zeros
+from .memory import Places, checksum, flatten, unflatten, zeros
 from .policy import ShardPolicy
 from .precision import precision_of
 from .reduction import Reduction
@@ -179,7 +179,7 @@ class FlatBucket:
             self._is_local = True
             self.reduction.start(flat, self.grad_shard)
             self._version = flat._version
-            self._checksum = _checksum(flat) if in_backward else None  # while it travels
+            self._checksum = checksum(flat) if in_backward else None  # while it travels
 
     def has_gradients(self) -> list[bool]:
         """By slot, whether this rank had a gradient at the last `check_grads`."""
@@ -216,7 +216,7 @@ class FlatBucket:
         )
         if not same or flat is None or self._checksum is None:
             return same
-        return bool(self._checksum == _checksum(flat))
+        return torch.equal(self._checksum, checksum(flat))
 
     def reset(self) -> None:
         """Begin a new iteration."""
@@ -314,11 +314,6 @@ def _count_ours() -> int:
 
 
 _OURS_ALONE = _count_ours()  # differs between versions of Python
-
-
-def _checksum(flat: Tensor) -> Tensor:
-    """A number that an edit changes: the sum of the memory's 8-byte words, modulo 2**64."""
-    return flat.view(torch.int64).sum()
 
 
 def make_buckets(

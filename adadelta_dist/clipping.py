@@ -46,9 +46,7 @@ def global_norm(group: Group, shards: Sequence[Tensor], norm_type: float) -> Ten
     """The p-norm of all ranks' shards as one vector, in fp64 on the CPU. Collective."""
     zero = torch.zeros((), dtype=torch.float64)
     by_shard = [
-        torch.linalg.vector_norm(
-            shard, norm_type, dtype=torch.promote_types(shard.real.dtype, torch.float32)
-        )
+        torch.linalg.vector_norm(shard, norm_type, dtype=_dtype_of_norm(shard))
         for shard in shards
         if shard.numel()
     ]
@@ -59,3 +57,9 @@ def global_norm(group: Group, shards: Sequence[Tensor], norm_type: float) -> Ten
         largest, is_nan = collectives.combine(group.sharding, both, "max")
         return largest if is_nan == 0 else norms.new_tensor(float("nan"))
     return collectives.combine(group.sharding, (norms**norm_type).sum(), "sum") ** (1 / norm_type)
+
+
+def _dtype_of_norm(shard: Tensor) -> torch.dtype:
+    """At least single precision; complex, as torch wants it, where the shard is."""
+    single = torch.complex64 if shard.is_complex() else torch.float32
+    return torch.promote_types(shard.dtype, single)

@@ -108,3 +108,15 @@ def check_memory(params: Iterable[Tensor]) -> None:
                 "two parameters share memory. Tie weights by using one Parameter object in both "
                 "places, not two that view the same data."
             )
+
+
+def checksum(flat: Tensor) -> Tensor:
+    """What an edit changes: the sum of the memory's 8-byte words, modulo 2**64.
+
+    In float64 halves and negatives change each word by 2**52 or 2**63, all of them together
+    perhaps by a multiple of 2**64: there the sum of the values counts as well.
+    """
+    words = flat.view(torch.int64).sum()
+    if flat.dtype != torch.float64:
+        return words
+    return torch.stack([words, flat.sum().view(torch.int64)])

@@ -1,0 +1,43 @@
+"""Edits of double precision, which change the sum of 8-byte words by a multiple of 2**64."""
+
+import warnings
+
+import pytest
+import torch
+
+from adadelta_dist import ShardedAdadelta
+
+EDITS = {"half": lambda grad: grad.mul_(0.5), "negative": lambda grad: grad.neg_()}
+NUMEL = 2**13
+
+
+def edited(rank, edit):
+    """Ours after an edit through `.data`, and torch's with the average of such gradients."""
+    ours, theirs = (torch.nn.Parameter(torch.ones(NUMEL, dtype=torch.float64)) for _ in range(2))
+    optimizer, control = ShardedAdadelta([ours]), torch.optim.Adadelta([theirs])
+    slope = torch.linspace(-1e-3, 2e-3, NUMEL, dtype=torch.float64)
+    (ours * slope * (rank + 1)).sum().backward()
+    EDITS[edit](ours.grad.data)
+    theirs.grad = EDITS[edit](slope * 1.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    control.step()
+    return (ours - theirs).abs().max().item()
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_they_are_noticed(pool, edit):
+    assert max(pool(2).run(edited, edit)) < 1e-12
+
+
+def complex_norm(rank):
+    params = [torch.nn.Parameter(torch.ones(4, dtype=d)) for d in (torch.float32, torch.complex64)]
+    optimizer = ShardedAdadelta(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return optimizer.clip_grad_norm_(1.0).item()
+
+
+def test_norms_of_complex_shards(pool):
+    assert pool(2).run(complex_norm) == [pytest.approx(8**0.5)] * 2
