@@ -39,12 +39,12 @@ def clip_shards_(
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for shard in shards:
         shard.mul_(scale.to(shard))
-    return norm.to(shards[0])
+    return norm.to(shards[0].device, shards[0].dtype.to_real())
 
 
 def global_norm(group: Group, shards: Sequence[Tensor], norm_type: float) -> Tensor:
     """The p-norm of all ranks' shards as one vector, in fp64 on the CPU. Collective."""
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")  # whatever the default is
     by_shard = [
         torch.linalg.vector_norm(shard, norm_type, dtype=_dtype_of_norm(shard))
         for shard in shards

@@ -1,5 +1,6 @@
 """All-gathers that go on while the next forward begins."""
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ class Gathers:
 
     def __init__(self) -> None:
         self._pending: dict[FlatBucket, Pending] = {}
+        weakref.finalize(self, _abandon, self._pending).atexit = False
 
     def start(self, bucket: FlatBucket) -> None:
         """Collective."""
@@ -74,3 +76,8 @@ def attach(
             # What is loaded must not be overwritten by what arrives late.
             module.register_load_state_dict_pre_hook(hook)
     return {b for b in set(bucket_of.values()) if owned.issuperset(b.params)}
+
+
+def _abandon(pending: Mapping[FlatBucket, Pending]) -> None:
+    for gather in pending.values():
+        gather.abandon()

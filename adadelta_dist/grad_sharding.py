@@ -108,6 +108,7 @@ class ShardingReducer(GradientReducer):
 
     def extend(self, buckets: Sequence[FlatBucket]) -> None:
         self._end_round()
+        self._catch_up()  # on what there was, for ranks that had fewer backwards
         super().extend(buckets)
 
     def reduce(self, facts: Sequence[str], error: Exception | None = None) -> None:
@@ -116,12 +117,14 @@ class ShardingReducer(GradientReducer):
         dirty = [bucket.is_dirty() for bucket in self.buckets]
         zeroed = f"zero_grad after {self._zeroed_at} backward passes since the last step"
         try:
-            dirty_anywhere = self._agree(dirty, [*facts, zeroed], error)
+            clipped_anywhere, *dirty_anywhere = self._agree(
+                [self.clipped, *dirty], [*facts, zeroed], error
+            )
         except Exception:  # all ranks raise; but what some have sent must be answered
             self._catch_up()
             raise
         rounds = self._catch_up()
-        if self.clipped and (any(dirty_anywhere) or rounds > self._clipped_at):
+        if clipped_anywhere and (any(dirty_anywhere) or rounds > self._clipped_at):
             raise RankError(
                 "there are new gradients since optimizer.clip_grad_norm_, which clips their sum: "
                 f"clip after them. (raised on every rank; this is rank {self.group.number})"

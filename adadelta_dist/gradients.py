@@ -55,7 +55,7 @@ class ShardedGradients(Joining):
         return self._clip(max_norm, norm_type, error_if_nonfinite)
 
     def _clip(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
-        error = None
+        error, norm_type = None, float(norm_type)  # "inf", too
         if not norm_type > 0:
             error = ValueError(f"norm_type must be positive or infinity, got {norm_type}")
         if self._group.world_size == 1 and self._policy.stage == 1:

@@ -88,8 +88,9 @@ class GradientReducer:
             changed and not bucket.accumulating  # by the user, that is, not by a backward
             for changed, bucket in zip(edited, self.buckets, strict=True)
         )
-        by_hand_anywhere, *again = self._agree([by_hand, *edited], facts, error)
-        if self.clipped and by_hand_anywhere:
+        flags = [by_hand, self.clipped, *edited]
+        by_hand_anywhere, clipped_anywhere, *again = self._agree(flags, facts, error)
+        if clipped_anywhere and by_hand_anywhere:
             raise RankError(
                 "gradients changed after optimizer.clip_grad_norm_, which clips their average: "
                 f"edit them before it. (raised on every rank; this is rank {self.group.number})"
@@ -179,8 +180,11 @@ class GradientReducer:
                     for every in self.buckets:
                         every.expect()
                     self._counted = True
-                while self._next < len(self.buckets) and self.buckets[self._next].is_full():
-                    self.buckets[self._next].launch(in_backward=True)
+                for following in self.buckets[self._next :]:
+                    if not following.launched:  # by `reduce`, before there were new buckets
+                        if not following.is_full():
+                            break
+                        following.launch(in_backward=True)
                     self._next += 1
 
     def _hook_params(self) -> None:

@@ -256,7 +256,8 @@ class ShardedAdadelta(ShardedGradients):
             state.reclaim(self._shards, self.state)
         except Exception as raised:
             error = raised
-        self._reduce(f"step of gradients times {inverse_scale}", error)
+        scaled = " under a GradScaler" if is_scaled else ""
+        self._reduce(f"step of gradients times {inverse_scale}{scaled}", error)
         if (self._policy.skip_nonfinite or is_scaled) and self._is_nonfinite(is_scaled):
             self.skipped_steps += 1
         else:

@@ -1,6 +1,7 @@
-"""Edits of double precision, which change the sum of 8-byte words by a multiple of 2**64."""
+"""Norms, and edits of float64, which change the sum of 8-byte words by a multiple of 2**64."""
 
 import warnings
+from itertools import permutations
 
 import pytest
 import torch
@@ -31,13 +32,28 @@ def test_they_are_noticed(pool, edit):
     assert max(pool(2).run(edited, edit)) < 1e-12
 
 
-def complex_norm(rank):
-    params = [torch.nn.Parameter(torch.ones(4, dtype=d)) for d in (torch.float32, torch.complex64)]
+def complex_norm(rank, dtypes):
+    params = [torch.nn.Parameter(torch.ones(4, dtype=d)) for d in dtypes]
     optimizer = ShardedAdadelta(params)
     for p in params:
         p.grad = torch.ones_like(p)
-    return optimizer.clip_grad_norm_(1.0).item()
+    norm = optimizer.clip_grad_norm_(1.0)
+    return norm.item(), norm.dtype
 
 
-def test_norms_of_complex_shards(pool):
-    assert pool(2).run(complex_norm) == [pytest.approx(8**0.5)] * 2
+@pytest.mark.parametrize("dtypes", list(permutations((torch.float32, torch.complex64))))
+def test_norms_of_complex_shards(pool, dtypes):
+    wanted = pytest.approx(8**0.5), torch.float32
+    assert pool(2).run(complex_norm, dtypes) == [wanted] * 2
+
+
+def infinity_norm(rank):
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = ShardedAdadelta([p])
+    p.grad = torch.tensor([1.0, -3.0, 0.0, 2.0])
+    return optimizer.clip_grad_norm_(1.0, "inf").item()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_norm_may_be_a_word_as_in_torch(pool, world_size):
+    assert pool(world_size).run(infinity_norm) == [3.0] * world_size

@@ -1,0 +1,100 @@
+"""What ranks do differently, and what changes between backward and step."""
+
+import time
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_gradients import batch, loss_of, model
+from torch import nn
+
+from adadelta_dist import ShardedAdadelta, ShardPolicy, sharded
+
+
+def dropped_while_gathers_are_open(rank):
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=ShardPolicy(overlap_gather=True))
+    optimizer.attach(module)
+    loss_of(module, batch(rank, 0)).backward()
+    shard_step = sharded.step_
+
+    def step_late(*args, **kwargs):
+        time.sleep(0.3 * rank)
+        shard_step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sharded, "step_", step_late)
+        optimizer.step()
+    del optimizer, module
+    ones = torch.ones(1)
+    dist.all_reduce(ones)
+    return ones.item()
+
+
+def test_the_group_is_left_in_order(pool):
+    assert pool(2).run(dropped_while_gathers_are_open) == [2.0, 2.0]
+
+
+def frozen_after_a_clip(rank):
+    """A step skipped after a clip; then other layers train, on one rank."""
+    first, second = nn.Parameter(torch.ones(40)), nn.Parameter(torch.ones(4))
+    optimizer = ShardedAdadelta([first])
+    with optimizer.no_sync():
+        first.sum().backward()
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.zero_grad()
+    first.requires_grad_(False)
+    optimizer.add_param_group({"params": [second]})
+    if rank == 0:
+        second.sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the first ones were reduced again
+        optimizer.step()
+    return second.unique().tolist()
+
+
+def test_a_bucket_is_launched_once(pool):
+    found = pool(2).run(frozen_after_a_clip)
+    assert found[0] == found[1] != [1.0]
+
+
+def added_after_unequal_backwards(rank):
+    first, second = nn.Parameter(torch.ones(64)), nn.Parameter(torch.ones(64))
+    optimizer = ShardedAdadelta([first], policy=ShardPolicy(stage=2))
+    if rank == 0:
+        (first * 2).sum().backward()
+    optimizer.add_param_group({"params": [second]})
+    (first + 4 * second).sum().backward()
+    averages = [optimizer.grad_shard(p).local.unique().tolist() for p in (first, second)]
+    optimizer.step()
+    return averages
+
+
+def test_groups_are_added_when_all_have_sent_what_there_was(pool):
+    assert pool(2).run(added_after_unequal_backwards) == [[[2.0], [4.0]]] * 2
+
+
+def zeroed_on_one(rank):
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters())
+    loss_of(module, batch(rank, 0)).backward()
+    optimizer.clip_grad_norm_(1.0)
+    if rank == 0:
+        optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="gradients changed after"):
+        optimizer.step()
+
+
+def scaler_on_one(rank):
+    p = nn.Parameter(torch.ones(4))
+    optimizer = ShardedAdadelta([p])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=rank == 0)
+    scaler.scale(p.sum()).backward()
+    with pytest.raises(RuntimeError, match="under a GradScaler"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("what", [zeroed_on_one, scaler_on_one])
+def test_all_ranks_hear_of_it(pool, what):
+    pool(2).run(what, deadline=15.0)
