@@ -55,9 +55,13 @@ class ShardedGradients(Joining):
         return self._clip(max_norm, norm_type, error_if_nonfinite)
 
     def _clip(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
-        error, norm_type = None, float(norm_type)  # "inf", too
-        if not norm_type > 0:
-            error = ValueError(f"norm_type must be positive or infinity, got {norm_type}")
+        error: Exception | None = None
+        try:
+            norm_type = float(norm_type)  # "inf", too
+            if not norm_type > 0:
+                raise ValueError(f"norm_type must be positive or infinity, got {norm_type}")
+        except (TypeError, ValueError) as raised:
+            error = raised  # which the others must hear of
         if self._group.world_size == 1 and self._policy.stage == 1:
             if error is not None:
                 raise error

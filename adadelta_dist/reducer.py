@@ -180,7 +180,8 @@ class GradientReducer:
                     for every in self.buckets:
                         every.expect()
                     self._counted = True
-                for following in self.buckets[self._next :]:
+                while self._next < len(self.buckets):
+                    following = self.buckets[self._next]
                     if not following.launched:  # by `reduce`, before there were new buckets
                         if not following.is_full():
                             break

@@ -7,7 +7,7 @@ which every rank's gradients have gone into, and the scaler hears what all ranks
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,10 +58,15 @@ def forgotten_on_error(optimizer: Optimizer) -> Iterator[None]:
         raise
 
 
+def is_nonfinite(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of them has an inf or NaN."""
+    norms = [torch.linalg.vector_norm(t, float("inf")) for t in tensors if t.numel()]
+    return not all(map(torch.isfinite, norms))
+
+
 def any_nonfinite(group: Group, shards: Sequence[Tensor], optimizer: Optimizer) -> bool:
     """Whether the scaler of any rank has found an inf or NaN, or any shard has one. Collective."""
-    norms = [torch.linalg.vector_norm(s, float("inf")) for s in shards if s.numel()]
-    here = bool(getattr(optimizer, "found_inf", 0)) or not all(map(torch.isfinite, norms))
+    here = bool(getattr(optimizer, "found_inf", 0)) or is_nonfinite(shards)
     return bool(collectives.combine(group, torch.tensor(here, dtype=torch.uint8), "max"))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adadelta_dist import ShardedAdadelta, ShardPolicy
+from adadelta_dist.scaling import is_nonfinite
 
 
 def clip_grad_value_(optimizer: Optimizer, clip_value: float, *, scaled: bool = False) -> None:
@@ -25,8 +26,8 @@ def clip_grad_value_(optimizer: Optimizer, clip_value: float, *, scaled: bool = 
     if not isinstance(optimizer, ShardedAdadelta) or (
         optimizer._group.world_size == 1 and policy.stage == 1
     ):
-        grads = [p.grad for p in parameters(optimizer) if p.grad is not None]
-        if not (skips and _is_nonfinite(grads)):
+        grads = (p.grad for p in parameters(optimizer) if p.grad is not None)
+        if not (skips and is_nonfinite(grads)):
             torch.nn.utils.clip_grad_value_(parameters(optimizer), clip_value)
         return
     reducer = optimizer._reducer
@@ -35,13 +36,8 @@ def clip_grad_value_(optimizer: Optimizer, clip_value: float, *, scaled: bool = 
     reducer.clipped = True
     for bucket in reducer.buckets:
         bucket.wait()
-        if not (skips and _is_nonfinite([bucket.grad_shard])):
+        if not (skips and is_nonfinite([bucket.grad_shard])):
             bucket.grad_shard.clamp_(-clip_value, clip_value)
-
-
-def _is_nonfinite(grads: Iterable[Tensor]) -> bool:
-    norms = [torch.linalg.vector_norm(grad, float("inf")) for grad in grads if grad.numel()]
-    return not all(map(torch.isfinite, norms))
 
 
 def scale_of(optimizer: Optimizer, scaler: Any) -> float:

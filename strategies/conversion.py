@@ -120,6 +120,8 @@ def shard_added_groups_(optimizer: ShardedAdadelta) -> None:
     Lightning's finetuning callbacks assign `param_groups` when a run goes on in which they had
     added some.
     """
+    if not optimizer._installed:  # differentiable: nothing is sharded
+        return
     sharded = len(optimizer._params)
     added = optimizer.param_groups[sharded:]
     del optimizer.param_groups[sharded:]

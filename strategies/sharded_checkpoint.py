@@ -125,26 +125,26 @@ def load_optimizer(saved: OnDisk, optimizer: ShardedAdadelta, module: nn.Module)
     """Read what this rank owns, at whatever world size it was saved. Collective.
 
     Raises:
-        ValueError: the saved groups have other parameters.
+        ValueError: the saved groups have other parameters, or masters that would be dropped.
     """
     with agreement(optimizer._group, f"loading {saved.path}"):
         metadata = _metadata(saved.path)
-    own = by_name(optimizer, module)
-    there = _empty_groups(metadata, saved.key)
-    paths = [keys for keys in _paths(metadata).values() if keys[:2] == (saved.key, "state")]
-    kinds: dict[Any, set[Any]] = {}
-    for _, _, name, *kind in paths:
-        kinds.setdefault(name, set()).update(kind[:1])
-    state = {
-        name: {kind: value for kind, value in entry.items() if kind in kinds[name]}
-        for name, entry in own["state"].items()
-        if name in kinds
-    }
-    if dropped := [n for n, entry in state.items() if "master" in kinds[n] - entry.keys()]:
-        raise ValueError(
-            f"{saved.path}: the master of {dropped[0]} would be dropped: this model has it in full "
-            "precision. Train with the precision it was saved with, or convert the checkpoint"
-        )
+        own = by_name(optimizer, module)
+        there = _empty_groups(metadata, saved.key)
+        paths = [keys for keys in _paths(metadata).values() if keys[:2] == (saved.key, "state")]
+        kinds: dict[Any, set[Any]] = {}
+        for _, _, name, *kind in paths:
+            kinds.setdefault(name, set()).update(kind[:1])
+        state = {
+            name: {kind: value for kind, value in entry.items() if kind in kinds[name]}
+            for name, entry in own["state"].items()
+            if name in kinds
+        }
+        if dropped := [n for n, entry in state.items() if "master" in kinds[n] - entry.keys()]:
+            raise ValueError(
+                f"{saved.path}: the master of {dropped[0]} would be dropped: this model has it in "
+                "full precision. Train with the precision it was saved with, or convert it"
+            )
     state = tree_map_only(Tensor, partial(torch.zeros_like, device="cpu"), state)  # not in place
     content = {saved.key: {"state": state, "param_groups": there}}
     read_into(content, saved.path, process_group=optimizer._group.process_group)

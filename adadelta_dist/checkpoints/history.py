@@ -10,8 +10,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """The complete checkpoints of `save_checkpoint` in a folder, the oldest first.
 
     A folder counts if its manifest can be read and its checksums are there; what else there is,
-    or may not be looked into, is passed over. Whether its
-    files are intact is seen when it is loaded.
+    or may not be looked into, is passed over. Whether its files are intact is seen when it is
+    loaded.
     """
     found = []
     for path in folder.iterdir():

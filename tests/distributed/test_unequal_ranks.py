@@ -95,6 +95,14 @@ def scaler_on_one(rank):
         scaler.step(optimizer)
 
 
-@pytest.mark.parametrize("what", [zeroed_on_one, scaler_on_one])
+def no_number_on_one(rank):
+    p = nn.Parameter(torch.ones(4))
+    optimizer = ShardedAdadelta([p])
+    p.sum().backward()
+    with pytest.raises((ValueError, RuntimeError), match=r"could not convert|rank 0"):
+        optimizer.clip_grad_norm_(1.0, 2.0 if rank else "two")
+
+
+@pytest.mark.parametrize("what", [zeroed_on_one, scaler_on_one, no_number_on_one])
 def test_all_ranks_hear_of_it(pool, what):
     pool(2).run(what, deadline=15.0)
