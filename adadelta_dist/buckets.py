@@ -216,7 +216,7 @@ class FlatBucket:
         )
         if not same or flat is None or self._checksum is None:
             return same
-        return torch.equal(self._checksum, checksum(flat))
+        return bool((self._checksum == checksum(flat)).all())
 
     def reset(self) -> None:
         """Begin a new iteration."""
