@@ -6,9 +6,7 @@ Gradients are made by torch as ever; `take` copies one that is complete into `fl
 and lets `p.grad` be a view there.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
-from operator import is_
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from .capture import check_warm
 from .collectives import Pending
 from .groups import Group
 from .layout import Bucket, Interval, ParamSpec, bucket_limit, plan_layout, storage_order
+from .lending import Lending
 from .memory import Places, checksum, flatten, unflatten, zeros
 from .policy import ShardPolicy
 from .precision import precision_of
@@ -73,10 +72,8 @@ class FlatBucket:
         self.ready: set[int] = set()
         self.expected = 0
         self._param_views = self.views_of(self.flat_param)
-        self._places = [] if self.flat_grad is None else self.views_of(self.flat_grad)
-        self._param_places, self._grad_places = Places(self._param_views), Places(self._places)
-        # Made at once, they lie side by side in memory too, which makes them quick to go through.
-        self._lent = [place.detach() for place in self._places]
+        self._param_places = Places(self._param_views)
+        self._lending = Lending([] if self.flat_grad is None else self.views_of(self.flat_grad))
         self._is_zero = [True] * len(params)
         self._grads: list[Tensor | None] = []
         self._seen: list[Tensor | None] = []
@@ -144,31 +141,32 @@ class FlatBucket:
 
     def take(self, i: int) -> bool:
         """Move the new gradient of slot `i` into flat memory; False if it must stay."""
-        grad, place = self.params[i].grad, self._places[i]
+        grad, place = self.params[i].grad, self._lending.places[i]
         if grad is None or grad.requires_grad or grad.layout != torch.strided:
             return False
         if grad.shape != place.shape:  # `reclaim_params` has the words for it
             return False
         if not grad.is_set_to(place):
-            self._take_back(i)
+            self._lending.take_back(i)
             place.copy_(grad)
-            self.params[i].grad = self._lent[i]
+            self.params[i].grad = self._lending.lent[i]
             self._is_zero[i] = False
         return True
 
-    def launch(self, *, in_backward: bool = False) -> None:
+    def launch(self, *, in_backward: bool = False, final: bool = False) -> None:
         """Bring all gradients into flat memory and start their reduction. Collective.
 
         Args:
-            in_backward: rather than right after `check_grads`. The user may still change
-                gradients before the step, perhaps through `.data` or numpy, which no version
-                counter sees: keep a checksum.
+            in_backward: rather than right after `check_grads`.
+            final: nothing comes between this and the step. Else the user may still change
+                gradients, perhaps through `.data` or numpy, which no version counter sees: keep
+                a checksum.
         """
         self.reduction.wait()
         if in_backward:
             self._grads = [p.grad for p in self.params]
         self._seen = self._grads
-        self._in_place = self._are_in_place(self._seen)
+        self._in_place = self._lending.hold(self._seen)
         if self._in_place:
             self._is_zero = [False] * len(self._seen)
         else:
@@ -179,7 +177,8 @@ class FlatBucket:
             self._is_local = True
             self.reduction.start(flat, self.grad_shard)
             self._version = flat._version
-            self._checksum = checksum(flat) if in_backward else None  # while it travels
+        sent = self.grad_shard if flat is None else flat
+        self._checksum = None if final else checksum(sent)  # while it travels
 
     def has_gradients(self) -> list[bool]:
         """By slot, whether this rank had a gradient at the last `check_grads`."""
@@ -210,13 +209,14 @@ class FlatBucket:
         if flat is not None and flat._version != self._version:
             return False
         same = (
-            self._are_in_place(self._grads)
+            self._lending.hold(self._grads)
             if self._in_place
             else all(map(self._is_as_seen, range(len(self._grads)), self._grads))
         )
-        if not same or flat is None or self._checksum is None:
+        if not same or self._checksum is None:
             return same
-        return bool((self._checksum == checksum(flat)).all())
+        now = self._own_gradients() if flat is None else flat
+        return bool((self._checksum == checksum(now)).all())
 
     def reset(self) -> None:
         """Begin a new iteration."""
@@ -228,18 +228,10 @@ class FlatBucket:
         """Take note of the gradients that are here; raise torch's error if one is sparse."""
         grads = self._grads = [p.grad for p in self.params]
         self._had_gradients = [grad is not None for grad in grads]
-        if self._lent and all(map(is_, grads, self._lent)):
-            return  # the common case: they are dense as we made them
+        if self._lending.are_lent(grads):
+            return  # the common case, and a slow loop otherwise
         if any(grad is not None and grad.layout != torch.strided for grad in grads):
             raise RuntimeError("Adadelta does not support sparse gradients")
-
-    def _are_in_place(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether there is a gradient for every slot, and all are in flat memory."""
-        if not self._places:
-            return False
-        if all(map(is_, grads, self._lent)):
-            return self._grad_places.hold(grads)  # type: ignore[arg-type]
-        return all(map(_is_set_to, grads, self._places))
 
     def _is_as_seen(self, i: int, grad: Tensor | None) -> bool:
         """Whether the gradient of slot `i` is still what was launched."""
@@ -247,8 +239,13 @@ class FlatBucket:
         if grad is None or seen is None:
             return grad is seen
         if version < 0:
-            return _is_set_to(grad, self._places[i])
-        return grad is seen and grad._version == version
+            return self._lending.holds(i, grad)
+        if grad is not seen or grad._version != version:
+            return False
+        if self._checksum is None or not self._lending.places:
+            return True
+        place = self._lending.places[i]  # a copy, of which alone there is a checksum
+        return torch.allclose(grad.to(place.dtype), place, rtol=0, atol=0, equal_nan=True)
 
     def _collect(self, i: int, grad: Tensor | None) -> int:
         """Put one gradient, or zeros, in its place.
@@ -259,61 +256,47 @@ class FlatBucket:
         """
         if grad is None or grad.layout != torch.strided:
             if not self._is_zero[i]:
-                if self._places:
-                    self._take_back(i)
+                if self._lending.places:
+                    self._lending.take_back(i)
                 self._place(i).zero_()
                 self._is_zero[i] = True
             return -1
         self._is_zero[i] = False
-        if self._places:
-            if grad.is_set_to(self._places[i]):
+        if self._lending.places:
+            if grad.is_set_to(self._lending.places[i]):
                 return -1
-            self._take_back(i)
-            self._places[i].copy_(grad.detach())
+            self._lending.take_back(i)
+            self._lending.places[i].copy_(grad.detach())
         else:
-            part = self.plan.slice(self.plan.slots[i], self.group.rank)
-            own = flatten(grad.detach(), self.orders[i])[part.start : part.stop]
-            self._place(i).copy_(own)
+            self._place(i).copy_(self._own_part(i, grad))
         return grad._version
-
-    def _take_back(self, i: int) -> None:
-        """Before flat memory is written: an old gradient that someone holds keeps its values.
-
-        What nobody holds is lent again.
-        """
-        place, lent = self._places[i], self._lent[i]
-        if _references(lent) > _OURS_ALONE:
-            lent.data = lent.clone()
-        if lent.requires_grad or not lent.is_set_to(place):
-            self._lent[i] = place.detach()
 
     def _place(self, i: int) -> Tensor:
         """Where the gradient of slot `i` goes: all of it, or what this rank owns of it."""
-        if self._places:
-            return self._places[i]
+        if self._lending.places:
+            return self._lending.places[i]
+        return self._in_shard(i, self.grad_shard)
+
+    def _in_shard(self, i: int, shard: Tensor) -> Tensor:
         at = self.plan.place(self.plan.slots[i], self.group.rank)
-        return self.grad_shard[at.start : at.stop]
+        return shard[at.start : at.stop]
+
+    def _own_part(self, i: int, grad: Tensor) -> Tensor:
+        """What this rank owns of the gradient of slot `i`."""
+        part = self.plan.slice(self.plan.slots[i], self.group.rank)
+        return flatten(grad.detach(), self.orders[i])[part.start : part.stop]
+
+    def _own_gradients(self) -> Tensor:
+        """[shard_numel]: what this rank owns of all gradients, as a launch would take it."""
+        own = torch.zeros_like(self.grad_shard)
+        for i, grad in enumerate(self._grads):
+            if grad is not None:
+                self._in_shard(i, own).copy_(self._own_part(i, grad))
+        return own
 
     def _zeros(self, numel: int, dtype: torch.dtype | None = None) -> Tensor:
         first = self.params[0]
         return zeros(numel, dtype or first.dtype.to_real(), first.device)
-
-
-def _is_set_to(grad: Tensor | None, place: Tensor) -> bool:
-    return grad is not None and grad.layout == torch.strided and grad.is_set_to(place)
-
-
-def _references(tensor: Tensor) -> int:
-    return sys.getrefcount(tensor)
-
-
-def _count_ours() -> int:
-    ours = [torch.empty(0)]
-    lent = ours[0]
-    return _references(lent)
-
-
-_OURS_ALONE = _count_ours()  # differs between versions of Python
 
 
 def make_buckets(

@@ -52,7 +52,7 @@ class FreedBucket(FlatBucket):
         p.grad = None
         return True
 
-    def launch(self, *, in_backward: bool = False) -> None:
+    def launch(self, *, in_backward: bool = False, final: bool = False) -> None:
         """Start the reduction of all gradients that are there, or of zeros. Collective."""
         for i in range(len(self.params)):
             self.take(i)
@@ -111,7 +111,9 @@ class ShardingReducer(GradientReducer):
         self._catch_up()  # on what there was, for ranks that had fewer backwards
         super().extend(buckets)
 
-    def reduce(self, facts: Sequence[str], error: Exception | None = None) -> None:
+    def reduce(
+        self, facts: Sequence[str], error: Exception | None = None, *, final: bool = False
+    ) -> None:
         error = self._check(error)
         self._end_round()  # of a backward that has failed
         dirty = [bucket.is_dirty() for bucket in self.buckets]

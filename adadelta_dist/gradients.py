@@ -112,30 +112,31 @@ class ShardedGradients(Joining):
             return None
         return state.view(shard.bucket, i, shard.bucket.grad_shard)
 
-    def _reduce(self, what: str, error: Exception | None) -> None:
+    def _reduce(self, what: str, error: Exception | None, *, final: bool = False) -> None:
         """Have all gradients averaged, or raise on every rank. Collective.
 
         Args:
             what: the call, which must be the same on every rank.
             error: what went wrong on this rank already.
+            final: the step follows at once.
         """
         groups.check_alone(self._group)
         facts = [what]
         try:
             if is_capturing():
                 facts.append("captured")
-                self._check_capture(what)
+                self._check_capture(what, final=final)
             self._check_groups()
             facts += fingerprint.hyperparameters(self.param_groups)
         except Exception as raised:
             error = raised  # it explains whatever went wrong before
-        self._reducer.reduce(facts, error)
+        self._reducer.reduce(facts, error, final=final)
 
-    def _check_capture(self, what: str) -> None:
+    def _check_capture(self, what: str, *, final: bool) -> None:
         buckets = [shard.bucket for shard in self._shards]
         on_host = any(s.steps.device != s.bucket.flat_param.device for s in self._shards)
         hindrances = {
-            f"{what}, which the host reads": not what.startswith("step"),
+            f"{what}, which the host reads": not final,
             "GradScaler, whose found_inf the host reads": scaling.is_scaled(self),
             "Join": self._join_config.enable,
             "reductions that began before the capture (use ShardPolicy(overlap=False), or capture "

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 _HUGE_PAGE_BYTES = 2**21
 _MADV_HUGEPAGE = 14  # of Linux
+_CHECKSUM_ROWS = 32
 
 
 def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -111,12 +112,20 @@ def check_memory(params: Iterable[Tensor]) -> None:
 
 
 def checksum(flat: Tensor) -> Tensor:
-    """What an edit changes: the sum of the memory's 8-byte words, modulo 2**64.
+    """What an edit changes: sums of the memory's 8-byte words, modulo 2**64, a row of them each.
 
-    In float64 halves and negatives change each word by 2**52 or 2**63, all of them together
-    perhaps by a multiple of 2**64: there the sum of the values counts as well.
+    In the sum of all words a change of sign goes unseen where as many values are positive as
+    negative. In each of 32 rows there will not be. In float64 halves and negatives change each
+    word by 2**52 or 2**63, perhaps a row by a multiple of 2**64: there the sum of the values
+    counts as well.
+
+    Args:
+        flat: [numel], a multiple of 8 bytes.
     """
-    words = flat.view(torch.int64).sum()
-    if flat.dtype != torch.float64:
-        return words
-    return torch.stack([words, flat.sum().view(torch.int64)])
+    words = flat.view(torch.int64)
+    length = max(1, len(words) // _CHECKSUM_ROWS)
+    whole = len(words) // length * length
+    sums = [words[:whole].view(-1, length).sum(dim=1), words[whole:].sum().view(1)]
+    if flat.dtype == torch.float64:
+        sums.append(flat.sum().view(torch.int64).view(1))
+    return torch.cat(sums)

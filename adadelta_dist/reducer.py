@@ -67,7 +67,9 @@ class GradientReducer:
         finally:
             self._sync = before
 
-    def reduce(self, facts: Sequence[str], error: Exception | None = None) -> None:
+    def reduce(
+        self, facts: Sequence[str], error: Exception | None = None, *, final: bool = False
+    ) -> None:
         """Have every bucket reduced (perhaps still under way: `wait()` it). Collective.
 
         Calling it again without new gradients sends nothing but one small message.
@@ -75,6 +77,7 @@ class GradientReducer:
         Args:
             facts: what must be equal on every rank, such as hyperparameters.
             error: what went wrong on this rank already, to be raised on all.
+            final: the step follows at once.
 
         Raises:
             RuntimeError: a parameter was moved, or a gradient is sparse. The ranks that
@@ -99,9 +102,9 @@ class GradientReducer:
         # First what some ranks have launched already, so that all launch in the same order.
         for bucket in self.buckets:
             if not bucket.launched:
-                bucket.launch()
+                bucket.launch(final=final)
         for bucket in compress(self.buckets, again):
-            bucket.launch()
+            bucket.launch(final=final)
 
     def discard(self) -> None:
         """Gradients are zeroed: forget what was done with them."""

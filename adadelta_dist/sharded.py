@@ -257,7 +257,7 @@ class ShardedAdadelta(ShardedGradients):
         except Exception as raised:
             error = raised
         scaled = " under a GradScaler" if is_scaled else ""
-        self._reduce(f"step of gradients times {inverse_scale}{scaled}", error)
+        self._reduce(f"step of gradients times {inverse_scale}{scaled}", error, final=True)
         if (self._policy.skip_nonfinite or is_scaled) and self._is_nonfinite(is_scaled):
             self.skipped_steps += 1
         else:

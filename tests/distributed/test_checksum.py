@@ -1,4 +1,4 @@
-"""Norms, and edits of float64, which change the sum of 8-byte words by a multiple of 2**64."""
+"""Edits that no version counter sees, and norms."""
 
 import warnings
 from itertools import permutations
@@ -6,8 +6,9 @@ from itertools import permutations
 import pytest
 import torch
 
-from adadelta_dist import ShardedAdadelta
+from adadelta_dist import ShardedAdadelta, ShardPolicy
 
+# Of float64 they change the sum of 8-byte words by a multiple of 2**64.
 EDITS = {"half": lambda grad: grad.mul_(0.5), "negative": lambda grad: grad.neg_()}
 NUMEL = 2**13
 
@@ -30,6 +31,33 @@ def edited(rank, edit):
 @pytest.mark.parametrize("edit", EDITS)
 def test_they_are_noticed(pool, edit):
     assert max(pool(2).run(edited, edit)) < 1e-12
+
+
+def edited_after_a_look(rank, policy, by):
+    """Ours after an edit through `.data` between `grad_shard` and the step, and torch's."""
+    ours, theirs = (torch.nn.Parameter(torch.ones(8)) for _ in range(2))
+    optimizer, control = ShardedAdadelta([ours], policy=policy), torch.optim.Adadelta([theirs])
+    theirs.grad = torch.full((8,), 1e-3)
+    if by == "backward":
+        (ours * 64).sum().backward()
+    else:
+        ours.grad = torch.full((8,), 64.0)
+    looked_at = optimizer.grad_shard(ours)
+    seen = getattr(looked_at, "local", looked_at).unique().tolist()
+    ours.grad.data.fill_(1e-3)  # as `GradScaler.unscale_`: its version stays
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    control.step()
+    return seen, torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("gradients", ["local", "averaged"])
+@pytest.mark.parametrize("by", ["backward", "hand"])
+def test_so_are_those_after_a_look_at_the_average(pool, by, gradients, world_size):
+    policy = ShardPolicy(overlap=False, gradients=gradients)
+    assert pool(world_size).run(edited_after_a_look, policy, by) == [([64.0], True)] * world_size
 
 
 def complex_norm(rank, dtypes):

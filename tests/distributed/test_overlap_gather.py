@@ -47,8 +47,8 @@ def late(rank, way):
     optimizer = ShardedAdadelta(module.parameters(), policy=POLICIES[0])
     optimizer.attach(module)
     loss_of(module, batch(rank, 0)).backward()
-    optimizer._reduce("step of gradients times 1.0", None)  # all have agreed; then rank 1 is late
-    if rank == 1:
+    optimizer._reduce("step of gradients times 1.0", None, final=True)
+    if rank == 1:  # all have agreed; then it is late
         time.sleep(0.5)
     optimizer._step_shards([False], 1.0)
     inputs = batch(0, 5)

@@ -55,3 +55,27 @@ def test_a_system_that_refuses_huge_pages_gives_others(monkeypatch):
 def test_other_devices_are_left_alone(monkeypatch):
     monkeypatch.delattr(memory, "_madvise")
     assert memory.zeros(8 * PAGE, torch.float32, torch.device("meta")).is_meta
+
+
+EDITS = {
+    "half": lambda flat: flat.mul_(0.5),
+    "negative": lambda flat: flat.neg_(),
+    "one bit": lambda flat: flat.view(torch.int16)[:1].bitwise_xor_(1),
+    "no longer inf": lambda flat: flat.nan_to_num_(),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("numel", [4, 8, 1000, 4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_checksum_changes_with_every_edit(dtype, numel, edit):
+    generator = torch.Generator().manual_seed(numel)
+    missed = 0
+    for _ in range(400):  # among them many with as many positive values as negative
+        flat = torch.randn(numel, generator=generator).to(dtype)
+        flat[-1] = float("inf") if edit == "no longer inf" else flat[-1]
+        before = memory.checksum(flat)
+        assert torch.equal(before, memory.checksum(flat.clone()))
+        EDITS[edit](flat)
+        missed += torch.equal(before, memory.checksum(flat))
+    assert missed == 0

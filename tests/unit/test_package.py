@@ -39,6 +39,7 @@ ORDER = [
     "precision",
     "in_order",
     "reduction",
+    "lending",
     "buckets",
     "gathering",
     "state",
