@@ -1,11 +1,12 @@
 """All-gathers that go on while the next forward begins."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .buckets import FlatBucket
 from .collectives import Pending
@@ -19,7 +20,11 @@ class Gathers:
 
     def __init__(self) -> None:
         self._pending: dict[FlatBucket, Pending] = {}
+        self._hooks: weakref.WeakKeyDictionary[nn.Module, list[RemovableHandle]] = (
+            weakref.WeakKeyDictionary()
+        )
         weakref.finalize(self, _abandon, self._pending).atexit = False
+        weakref.finalize(self, _remove, self._hooks).atexit = False
 
     def start(self, bucket: FlatBucket) -> None:
         """Collective."""
@@ -37,47 +42,77 @@ class Gathers:
                 pending.wait()
                 torch.autograd.graph.increment_version(bucket.params)
 
+    def attach(self, model: nn.Module, bucket_of: Mapping[Tensor, FlatBucket]) -> set[FlatBucket]:
+        """Have each module wait for its own parameters before its forward, and before its state
+        is read or loaded; torch's attention for its children's as well.
 
-def attach(
-    model: nn.Module,
-    bucket_of: Mapping[Tensor, FlatBucket],
-    wait: Callable[[Sequence[FlatBucket]], None],
-) -> set[FlatBucket]:
-    """Have each module wait for its own parameters before its forward, and before its state
-    is read or loaded; torch's attention for its children's as well.
+        Returns:
+            The buckets all of whose parameters some module waits for.
 
-    Returns:
-        The buckets all of whose parameters some module waits for.
+        Raises:
+            ValueError: the model has trainable parameters that are in no bucket.
+        """
+        strangers = [
+            name for name, p in model.named_parameters() if p.requires_grad and p not in bucket_of
+        ]
+        if strangers:
+            raise ValueError(
+                f"attach: the model's parameters {strangers[:3]} (of {len(strangers)}) are not the "
+                "optimizer's. Attach the model whose parameters it was built with."
+            )
+        owned: set[Tensor] = set()
+        for module in model.modules():
+            read = module.parameters(recurse=isinstance(module, _READ_CHILDREN))
+            own = [p for p in read if p in bucket_of]
+            owned.update(own)
+            if own:
+                self._hook(module, _Wait(self, dict.fromkeys(bucket_of[p] for p in own)))
+        return {b for b in set(bucket_of.values()) if owned.issuperset(b.params)}
 
-    Raises:
-        ValueError: the model has trainable parameters that are in no bucket.
-    """
-    strangers = [
-        name for name, p in model.named_parameters() if p.requires_grad and p not in bucket_of
-    ]
-    if strangers:
-        raise ValueError(
-            f"attach: the model's parameters {strangers[:3]} (of {len(strangers)}) are not the "
-            "optimizer's. Attach the model whose parameters it was built with."
-        )
-    owned: set[Tensor] = set()
-    for module in model.modules():
-        read = module.parameters(recurse=isinstance(module, _READ_CHILDREN))
-        own = [p for p in read if p in bucket_of]
-        owned.update(own)
-        buckets = list(dict.fromkeys(bucket_of[p] for p in own))
-        if buckets:
-
-            def hook(*_: Any, buckets: Sequence[FlatBucket] = buckets) -> None:
-                wait(buckets)
-
-            module.register_forward_pre_hook(hook, prepend=True)
-            module.register_state_dict_pre_hook(hook)
+    def _hook(self, module: nn.Module, wait: "_Wait") -> None:
+        for old in self._hooks.pop(module, ()):
+            old.remove()
+        self._hooks[module] = [
+            module.register_forward_pre_hook(wait, prepend=True),
+            module.register_state_dict_pre_hook(wait),
             # What is loaded must not be overwritten by what arrives late.
-            module.register_load_state_dict_pre_hook(hook)
-    return {b for b in set(bucket_of.values()) if owned.issuperset(b.params)}
+            module.register_load_state_dict_pre_hook(wait),
+        ]
+
+
+class _Wait:
+    """A hook that waits for buckets, and keeps neither them nor the optimizer alive.
+
+    A copy of the module, in memory or in a file, has other parameters, and waits for nothing.
+    """
+
+    def __init__(self, gathers: Gathers, buckets: Iterable[FlatBucket]) -> None:
+        self._gathers = weakref.ref(gathers)
+        self._buckets = [weakref.ref(bucket) for bucket in buckets]
+
+    def __call__(self, *_: Any) -> None:
+        gathers = self._gathers()
+        if gathers is not None:
+            gathers.wait([bucket for alive in self._buckets if (bucket := alive()) is not None])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _wait_for_nothing, ()
+
+
+def _wait_for_nothing() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*_: Any) -> None:
+    pass
 
 
 def _abandon(pending: Mapping[FlatBucket, Pending]) -> None:
     for gather in pending.values():
         gather.abandon()
+
+
+def _remove(hooks: Mapping[nn.Module, Sequence[RemovableHandle]]) -> None:
+    for handles in hooks.values():
+        for handle in handles:
+            handle.remove()

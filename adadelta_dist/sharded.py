@@ -15,7 +15,7 @@ from .agreement import agreement
 from .buckets import FlatBucket, make_buckets
 from .capture import check_capture, is_capturing
 from .differentiable import averaged_grads
-from .gathering import Gathers, attach
+from .gathering import Gathers
 from .grad_sharding import FreedBucket, ShardingReducer
 from .gradients import ShardedGradients
 from .groups import Group
@@ -141,7 +141,7 @@ class ShardedAdadelta(ShardedGradients):
         """
         with agreement(self._group, "attach") as mine:
             bucket_of = {p: shard.bucket for shard in self._shards for p in shard.bucket.params}
-            waited_for = attach(model, bucket_of, self._gathers.wait)
+            waited_for = self._gathers.attach(model, bucket_of)
             numbers = [i for i, shard in enumerate(self._shards) if shard.bucket in waited_for]
             mine.facts.append(f"waits for buckets {numbers}")
         if self._policy.overlap_gather:

@@ -1,7 +1,10 @@
 """Parameters that arrive behind the next forward, and what waits for them."""
 
 import copy
+import gc
+import pickle
 import time
+import weakref
 
 import pytest
 import torch
@@ -203,3 +206,50 @@ def test_step_waits_for_what_no_module_waits_for(pool, how):
     found = pool(2).run(with_parameters_that_nobody_waits_for, how)
     assert [right for right, _ in found] == [True, True]
     assert (found[0][1] > 0) == (how == "added later")  # whose other buckets are still open
+
+
+def hooks(module):
+    return sum(
+        len(m._forward_pre_hooks) + len(m._state_dict_pre_hooks) + len(m._load_state_dict_pre_hooks)
+        for m in module.modules()
+    )
+
+
+def attached_twice_and_dropped(rank):
+    """Hooks of the model while there is an optimizer, and what is left when it is gone."""
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=POLICIES[0])
+    optimizer.attach(module)
+    once = hooks(module)
+    optimizer.attach(module)
+    twice = hooks(module)
+    bucket = weakref.ref(optimizer._shards[0].bucket)
+    del optimizer
+    gc.collect()
+    return once > 0, once == twice, hooks(module), bucket()
+
+
+def test_hooks_go_with_the_optimizer(pool):
+    assert pool(2).run(attached_twice_and_dropped) == [(True, True, 0, None)] * 2
+
+
+def copied(rank, how):
+    """Whether a copy of an attached model, made in mid-training, works on its own."""
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=POLICIES[0])
+    optimizer.attach(module)
+    loss_of(module, batch(rank, 0)).backward()
+    optimizer.step()
+    optimizer.wait()
+    twin = pickle.loads(pickle.dumps(module)) if how == "saved" else copy.deepcopy(module)
+    same = torch.equal(twin(batch(0, 5)), module(batch(0, 5)))
+    loss_of(module, batch(rank, 1)).backward()
+    optimizer.step()
+    pending = len(optimizer._gathers._pending)
+    twin(batch(0, 5)), twin.load_state_dict(twin.state_dict())
+    return same, pending > 0, len(optimizer._gathers._pending) == pending
+
+
+@pytest.mark.parametrize("how", ["saved", "deepcopied"])
+def test_a_copy_of_the_model_waits_for_nothing(pool, how):
+    assert pool(2).run(copied, how) == [(True, True, True)] * 2
