@@ -1,4 +1,4 @@
-"""Communication: with `groups.py` the only file that calls `torch.distributed`.
+"""Communication: with `groups.py` and `communicators.py` all calls of `torch.distributed`.
 
 Everything here takes a `Group`. With one rank, or without an initialised process group,
 nothing is sent. What travels in shards stays within the group; what all ranks must know
@@ -10,9 +10,8 @@ exchanges its shards directly, and the sum is taken locally in rank order, which
 it deterministic (docs/design.md has the measurements).
 """
 
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from itertools import chain
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .groups import FIRST_CHANNEL, Group
+from .groups import Group
 
 # torch 2.13 renamed both; the old names warn there.
 _native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -38,42 +37,10 @@ class _Lane(IntEnum):
     GRADIENTS_IN_THREAD = 3
 
 
-_channels = [FIRST_CHANNEL]
+LANES = len(_Lane)
+
+
 _abandoned: list["Pending"] = []
-_backgrounds: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def open_channel(group: Group) -> Group:
-    """The same ranks with a channel of their own. Collective.
-
-    Pairwise messages are kept apart by their tag (`_Lane`). Native
-    collectives have no tags: they get a process group of their own, so that the user's
-    collectives between backward and step never pair with ours, whichever of ours a rank has
-    started by then. For the same reason what ranks agree on goes another way than the
-    reductions that some of them have started: over the CPU, by a gloo group of our own where
-    theirs has none.
-    """
-    agreed = int(combine(group, torch.tensor(_channels[0]), "max"))
-    _channels[0] = agreed + len(_Lane)
-    replicas = None if group.replicas is None else _own_communicator(group.replicas)
-    return replace(_own_communicator(group), channel=agreed, replicas=replicas)
-
-
-def open_background(group: Group) -> Group:
-    """The same ranks over a gloo group, apart from what goes on in training. Collective.
-
-    It is made once for a process group: making one costs a round over the store.
-    """
-    if group.process_group is None:
-        return group
-    if group.process_group not in _backgrounds:
-        ranks = dist.get_process_group_ranks(group.process_group)
-        _backgrounds[group.process_group] = dist.new_group(
-            ranks, backend="gloo", use_local_synchronization=True
-        )
-    return replace(group, process_group=_backgrounds[group.process_group], control=None)
 
 
 @dataclass(frozen=True)
@@ -290,16 +257,6 @@ def _copy(to: Tensor, source: Tensor) -> None:
 def _around(group: Group, distance: int) -> tuple[int, int]:
     """(source, target) of the exchange with the neighbours at `distance`."""
     return (group.rank - distance) % group.world_size, (group.rank + distance) % group.world_size
-
-
-def _own_communicator(group: Group) -> Group:
-    """The same ranks for native collectives of our own."""
-    if group.process_group is None or set(group.backends.values()) == {"gloo"}:
-        return group
-    ranks = dist.get_process_group_ranks(group.process_group)
-    own = dist.new_group(ranks, use_local_synchronization=True)
-    control = None if "cpu" in group.backends else open_background(group).process_group
-    return replace(group, process_group=own, control=control)
 
 
 def _process_group(group: Group) -> dist.ProcessGroup:

@@ -10,7 +10,7 @@ from torch.distributed.algorithms.join import Joinable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import ParamsT
 
-from . import collectives, fingerprint, functional, groups, scaling, state
+from . import collectives, communicators, fingerprint, functional, groups, scaling, state
 from .agreement import agreement
 from .buckets import FlatBucket, make_buckets
 from .capture import check_capture, is_capturing
@@ -201,7 +201,7 @@ class ShardedAdadelta(ShardedGradients):
     def _install(self, first_group: int) -> None:
         """Move the parameters of the groups from `first_group` on into buckets. Collective."""
         if not self._installed:
-            self._group = collectives.open_channel(self._group)
+            self._group = communicators.open_channel(self._group)
         new_params = [list(g["params"]) for g in self.param_groups[first_group:]]
         self._params.extend(new_params)
         # torch's own unscaling refuses float16 gradients.

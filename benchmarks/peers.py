@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from adadelta_dist import Adadelta, ShardedAdadelta, ShardPolicy, collectives, groups
+from adadelta_dist import Adadelta, ShardedAdadelta, ShardPolicy, collectives, communicators, groups
 
 from .tasks import Batch, blocks, loss_of
 
@@ -84,7 +84,7 @@ def _alone(model: nn.Module) -> Setup:
 
 def _bare_collectives(model: nn.Module) -> Setup:
     """Reduce-scatter and all-gather of as many bytes, in whatever number of pieces is fastest."""
-    group = collectives.open_channel(groups.join(None))
+    group = communicators.open_channel(groups.join(None))
     numel = sum(p.numel() for p in model.parameters())
     flats = torch.zeros(-(-numel // (64 * group.world_size)) * 64 * group.world_size)
     shards = torch.empty(flats.numel() // group.world_size)

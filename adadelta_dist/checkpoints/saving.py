@@ -18,7 +18,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.tensor import DTensor
 
-from .. import collectives
+from .. import collectives, communicators
 from ..agreement import agreement
 from ..flat_slice import FlatSlice
 from ..groups import Group
@@ -104,7 +104,7 @@ def async_save_checkpoint(
     group = group_of(optimizer)
     settle()
     work = _prepare(group, path, model, optimizer, extra, keep, copy=True)
-    apart = collectives.open_background(group)
+    apart = communicators.open_background(group)
     future = _writer.submit(_write_behind, apart, work)
     _in_flight.append(future)
     return future

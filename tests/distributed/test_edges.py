@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from test_agreement import failure
 from test_gradients import assert_close, batch, loss_of, model, reference, values
 from torch import nn
 
-from adadelta_dist import ShardedAdadelta, ShardPolicy, collectives, groups
+from adadelta_dist import ShardedAdadelta, ShardPolicy, collectives, communicators, groups
 
 SMALL_BUCKETS = ShardPolicy(bucket_mb=1e-4)
 
@@ -308,9 +309,9 @@ def of_cuda_alone(rank):
     before, monkeypatch = groups.Group.backends, pytest.MonkeyPatch()
     groups.Group.backends = property(lambda self: {"cuda": "nccl"})
     try:
-        theirs = groups.join(None)
-        group = collectives._own_communicator(theirs)
-        background = collectives.open_background(group)
+        theirs = replace(groups.join(None), control=dist.group.WORLD)  # there is no CUDA here
+        group = communicators._own_communicator(theirs)
+        background = communicators.open_background(group)
         ways = [theirs.process_group, group.process_group, group.control, background.process_group]
         assert len(set(map(id, ways))) == 4
         assert background.control is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from adadelta_dist import ShardedAdadelta, collectives, groups, reduction
+from adadelta_dist import ShardedAdadelta, communicators, groups, reduction
 from adadelta_dist.reduction import Reduction
 
 NUMEL = 37
@@ -21,7 +21,7 @@ def gradients(rank, world_size, dtype):
 
 def reduced(rank, world_size, dtype, wire, add):
     """(this rank's shard, the most pieces that were on their way at once)."""
-    group = collectives.open_channel(groups.join(None))
+    group = communicators.open_channel(groups.join(None))
     flat, shard = gradients(rank, world_size, dtype), torch.ones(NUMEL)
     under_way, most = [], []
     monkeypatch = pytest.MonkeyPatch()

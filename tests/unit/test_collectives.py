@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adadelta_dist import RankError, collectives, groups
+from adadelta_dist import RankError, collectives, communicators, groups
 from adadelta_dist.agreement import agreement, digest
 from adadelta_dist.collectives import Group, Pending
 
@@ -34,7 +34,7 @@ def test_a_rank_outside_the_group_is_refused_with_the_remedy(mesh):
 
 
 def test_every_optimizer_gets_a_channel_of_its_own():
-    first, second = (collectives.open_channel(ALONE) for _ in range(2))
+    first, second = (communicators.open_channel(ALONE) for _ in range(2))
     assert second.channel >= first.channel + 3  # tags for gradients, state and parameters
     assert first.channel >= ALONE.channel
 

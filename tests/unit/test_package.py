@@ -31,6 +31,7 @@ ORDER = [
     "fingerprint",
     "groups",
     "collectives",
+    "communicators",
     "agreement",
     "clipping",
     "differentiable",
