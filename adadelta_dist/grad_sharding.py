@@ -106,10 +106,9 @@ class ShardingReducer(GradientReducer):
         self._waits = True
         self._backward = -1
 
-    def extend(self, buckets: Sequence[FlatBucket]) -> None:
+    def catch_up(self) -> None:
         self._end_round()
-        self._catch_up()  # on what there was, for ranks that had fewer backwards
-        super().extend(buckets)
+        self._catch_up()
 
     def reduce(
         self, facts: Sequence[str], error: Exception | None = None, *, final: bool = False

@@ -12,14 +12,12 @@ from .capture import check_capture, is_capturing
 from .clipping import clip_shards_
 from .joining import Joining
 from .policy import ShardPolicy
-from .reducer import GradientReducer
 
 
 class ShardedGradients(Joining):
     """An optimizer whose gradients are averaged over the ranks, each of which gets a shard."""
 
     _policy: ShardPolicy
-    _reducer: GradientReducer
     _params: list[list[Tensor]]
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -106,6 +106,18 @@ class GradientReducer:
         for bucket in compress(self.buckets, again):
             bucket.launch(final=final)
 
+    def catch_up(self) -> None:
+        """Launch what any rank has launched, before a collective of another kind. Collective.
+
+        Native collectives pair by their order alone, and ranks with other gradients may have
+        launched more or fewer buckets during backward.
+        """
+        launched = torch.tensor(sum(bucket.launched for bucket in self.buckets))
+        most = int(collectives.combine(self.group, launched, "max"))
+        for bucket in self.buckets[:most]:
+            if not bucket.launched:
+                bucket.launch(in_backward=True)
+
     def discard(self) -> None:
         """Gradients are zeroed: forget what was done with them."""
         self.clipped = False

@@ -126,6 +126,7 @@ class ShardedAdadelta(ShardedGradients):
             del self.param_groups[count:]
             raise
         self._consolidated = None
+        self._reducer.catch_up()
         self._install(count)
 
     def attach(self, model: nn.Module) -> None:

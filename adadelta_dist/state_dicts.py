@@ -15,6 +15,7 @@ from . import collectives, fingerprint, state
 from .adadelta import Adadelta
 from .agreement import agreement
 from .groups import Group
+from .reducer import GradientReducer
 from .state import ShardState
 
 
@@ -22,6 +23,7 @@ class StateDicts(Adadelta):
     """An `Adadelta` whose state lies in shards: the base of `ShardedAdadelta`."""
 
     _group: Group
+    _reducer: GradientReducer
     _shards: list[ShardState]
     _installed: bool
     _consolidated: defaultdict[Tensor, Any] | None
@@ -91,6 +93,7 @@ class StateDicts(Adadelta):
             self.load_state_dict(state_dict or {})
             return
         groups = self._groups_of(src, groups)
+        self._reducer.catch_up()
         state.scatter_all(self._shards, values, self.state, src)
         self._finish_loading(groups)
 
@@ -157,6 +160,7 @@ class StateDicts(Adadelta):
             self._check_rank(argument, dst)
             mine.facts.append(f"{argument}={dst}")
             state.reclaim(self._shards, self.state)
+        self._reducer.catch_up()
         whole: defaultdict[Tensor, Any] = defaultdict(dict)
         if not self._installed:  # all is as in torch: no shards, but perhaps a graph
             for p, entry in self.state.items():

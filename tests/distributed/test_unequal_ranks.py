@@ -9,7 +9,7 @@ import torch.distributed as dist
 from test_gradients import batch, loss_of, model
 from torch import nn
 
-from adadelta_dist import ShardedAdadelta, ShardPolicy, sharded
+from adadelta_dist import ShardedAdadelta, ShardPolicy, collectives, reduction, sharded
 
 
 def dropped_while_gathers_are_open(rank):
@@ -106,3 +106,49 @@ def no_number_on_one(rank):
 @pytest.mark.parametrize("what", [zeroed_on_one, scaler_on_one, no_number_on_one])
 def test_all_ranks_hear_of_it(pool, what):
     pool(2).run(what, deadline=15.0)
+
+
+BETWEEN = {
+    "group added": lambda o: o.add_param_group({"params": [nn.Parameter(torch.ones(4))]}),
+    "gathered": lambda o: o.gather_state_dict(),
+    "scattered": lambda o: o.scatter_state_dict(o.gather_state_dict() or None),
+}
+CALLS = [
+    (reduction.Reduction, "start"),
+    (reduction.Reduction, "start_adding"),
+    *((collectives, name) for name in ("broadcast", "gather_slices", "scatter_slices")),
+]
+
+
+def order_of_collectives(rank, between, stage):
+    """What goes over the way of the reductions, where backward reaches more layers on rank 1."""
+    module = model()
+    policy = ShardPolicy(stage=stage, bucket_mb=1e-4)
+    optimizer = ShardedAdadelta(module.parameters(), policy=policy)
+    order = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for where, name in CALLS:
+            monkeypatch.setattr(where, name, recorded(order, getattr(where, name), name))
+        used = module if rank == 1 else module[-1]
+        sum(p.sum() for p in used.parameters()).backward()
+        BETWEEN[between](optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+    return order
+
+
+def recorded(order, function, name):
+    def record(*args, **kwargs):
+        order.append(name)
+        return function(*args, **kwargs)
+
+    return record
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("between", BETWEEN)
+def test_all_ranks_call_native_collectives_in_one_order(pool, between, stage):
+    first, second = pool(2).run(order_of_collectives, between, stage)
+    assert first == second
+    assert len(set(first)) > 1
