@@ -7,14 +7,15 @@ with, a learned `lr`), each rank's derivative is with respect to its own copy: a
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from . import collectives, fingerprint
+from . import collectives, fingerprint, scaling
 from .agreement import agreement
 from .groups import Group
 from .memory import flatten
@@ -34,15 +35,16 @@ class _Average(torch.autograd.Function):
 
 
 @contextmanager
-def averaged_grads(group: Group, param_groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+def averaged_grads(optimizer: Optimizer, group: Group) -> Iterator[None]:
     """Within it `p.grad` is the average over the ranks, and a function of it. Collective.
 
     A gradient that some rank has counts as zero where it is missing.
 
     Raises:
         RankError: the ranks have other hyperparameters.
-        RuntimeError: a gradient is sparse.
+        RuntimeError: a gradient is sparse, or scaled.
     """
+    param_groups = optimizer.param_groups
     params = [p for param_group in param_groups for p in dict.fromkeys(param_group["params"])]
     with warnings.catch_warnings():  # parameters are functions of others here, not leaves
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
@@ -51,6 +53,11 @@ def averaged_grads(group: Group, param_groups: Sequence[Mapping[str, Any]]) -> I
         mine.facts.extend(fingerprint.hyperparameters(param_groups))
         if any(grad is not None and grad.layout != torch.strided for grad in own):
             raise RuntimeError("Adadelta does not support sparse gradients")
+        if scaling.is_scaled(optimizer):
+            raise RuntimeError(
+                "differentiable=True on several ranks under a GradScaler, which changes gradients "
+                "in place and skips steps. Train in float32 or bfloat16, which need none."
+            )
     here = torch.tensor([grad is not None for grad in own], dtype=torch.uint8)
     anywhere = collectives.combine(group, here, "max").tolist()
     grad_of = dict(zip(params, own, strict=True))

@@ -28,8 +28,14 @@ class Joining(StateDicts, Joinable):
 
         Raises:
             ValueError: gradients that others average do not reach a rank that has ended.
-            NotImplementedError: `Join` knows one process group, which replicas are not.
+            NotImplementedError: `Join` knows one process group, which replicas are not; with
+                `differentiable` a rank that has ended has no graph for the others' gradients.
         """
+        if not self._installed and self._group.world_size > 1:
+            raise NotImplementedError(
+                "Join with differentiable=True on several ranks: gradients flow back through every "
+                "rank's graph, and one that has ended has none. Give all ranks as many batches."
+            )
         if self._policy.gradients == "averaged":
             raise ValueError(
                 "Join with gradients='averaged': a rank that has ended never receives their "

@@ -227,7 +227,7 @@ class ShardedAdadelta(ShardedGradients):
             self._consolidated = None
             if is_capturing():
                 check_capture(self._policy, {"differentiable=True on several ranks": True})
-            with averaged_grads(self._group, self.param_groups):
+            with scaling.forgotten_on_error(self), averaged_grads(self, self._group):
                 super()._update()
             return
         inverse_scale, is_scaled = scaling.inverse_scale(self), scaling.is_scaled(self)

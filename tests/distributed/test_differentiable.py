@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.join import Join
 
 from adadelta_dist import Adadelta, RankError, ShardedAdadelta, collectives
 
@@ -231,3 +232,34 @@ def state_of_several_moments(rank):
 
 def test_state_is_that_of_the_moment_and_gathers_without_its_graph(pool):
     assert pool(2).run(state_of_several_moments) == [(2, 7, False, 3), (2, 7, False, 0)]
+
+
+def scaled(rank, ranks_that_scale):
+    """A GradScaler would decide on each rank alone, and change gradients in place."""
+    p = torch.zeros(4)
+    optimizer = ShardedAdadelta([p], differentiable=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=rank in ranks_that_scale)
+    p.grad = scaler.scale(torch.ones(4))
+    with pytest.raises(RuntimeError, match="on several ranks under a GradScaler"):
+        scaler.step(optimizer)
+    p.grad = torch.ones(4)
+    optimizer.step()  # nothing is left of the scaler
+    return p.unique().numel()
+
+
+@pytest.mark.parametrize("ranks_that_scale", [[0, 1], [1]])
+def test_a_scaler_is_an_error_on_every_rank(pool, ranks_that_scale):
+    assert pool(2).run(scaled, ranks_that_scale, deadline=15.0) == [1, 1]
+
+
+def joined(rank):
+    optimizer = ShardedAdadelta([nn.Parameter(torch.ones(4))], differentiable=True)
+    with (
+        pytest.raises(NotImplementedError, match="Join with differentiable=True"),
+        Join([optimizer]),
+    ):
+        pass
+
+
+def test_loops_of_unequal_length_are_refused(pool):
+    pool(2).run(joined, deadline=15.0)
