@@ -54,8 +54,9 @@ class GradientReducer:
             if bucket.is_hooked:
                 self._unhooked.extend((b, i, p) for i, p in enumerate(bucket.params))
         self.buckets.extend(buckets)
+        in_order = {b.reduction.in_thread: b.reduction.in_order for b in reversed(self.buckets)}
         for bucket in buckets:  # one thread: what arrives first is freed first
-            bucket.reduction.in_order = self.buckets[0].reduction.in_order
+            bucket.reduction.in_order = in_order[bucket.reduction.in_thread]
         self._counted = False
         self._hook_params()
 

@@ -40,15 +40,16 @@ class Reduction:
         shard: as `flat`, of the averages.
 
     Attributes:
+        in_thread: whether a thread finishes them, for waiting blocks the host.
         in_order: where they are finished, in order with those of other buckets.
     """
 
     def __init__(self, group: Group, wire: torch.dtype, flat: Tensor, shard: Tensor) -> None:
         self._group, self._wire = group, wire
-        self._in_thread = group.world_size > 1 and group.is_pairwise(flat.device)
+        self.in_thread = group.world_size > 1 and group.is_pairwise(flat.device)
         is_in_place = group.world_size <= 2 and flat.dtype == wire == shard.dtype
-        self._takes_memory = self._in_thread and not is_in_place
-        self.in_order = InOrder(in_thread=self._in_thread)
+        self._takes_memory = self.in_thread and not is_in_place
+        self.in_order = InOrder(in_thread=self.in_thread)
         self._done: Future[None] | None = None
         self._pending: list[Pending] = []
         weakref.finalize(self, _abandon, self._pending).atexit = False
@@ -63,7 +64,7 @@ class Reduction:
 
     def start_adding(self, flat: Tensor, shard: Tensor) -> None:
         """Start averaging the gradients `flat`, to be added to this rank's shard. Collective."""
-        if self._in_thread:
+        if self.in_thread:
             add_average = partial(
                 _average_in_pieces, self._group, flat, self._wire, shard, add=True
             )
