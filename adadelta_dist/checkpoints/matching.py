@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.optim.optimizer import _get_scalar_dtype
 from torch.utils._pytree import tree_map_only
 
@@ -52,10 +54,12 @@ def match(source: Path, current: Mapping[str, Any]) -> Match:
     Raises:
         ValueError: the checkpoint holds no state of Adadelta under parameters' names.
     """
-    saved = SafeReader(source).read_metadata().state_dict_metadata
+    metadata = SafeReader(source).read_metadata()
+    saved = metadata.state_dict_metadata
     groups = _read_groups(source, saved)
     skipped: list[str] = []
-    model = _match_model(saved, current["model"], skipped)
+    tensors = current["model"] | _extra_states(metadata, current["model"])
+    model = _match_model(saved, tensors, skipped)
     read = _match_state(saved, groups, current, skipped)
     state = _kept(groups, current["optimizer"], saved) | read
     merged = _match_groups(groups, current["optimizer"]["param_groups"], skipped)
@@ -64,6 +68,31 @@ def match(source: Path, current: Mapping[str, Any]) -> Match:
         {"state": state, "param_groups": merged},
         tuple(skipped),
     )
+
+
+def _extra_states(metadata: Metadata, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Room for extra states of modules that were saved in another structure than they have now.
+
+    What a module returned from `get_extra_state` goes to `set_extra_state` as it was, be it
+    longer by now or with other keys; but that mappings were empty is not in the checkpoint.
+    """
+    saved = metadata.state_dict_metadata
+    states: dict[str, Any] = {}
+    keys: dict[str, set[str]] = {}
+    for key, path in (metadata.planner_data or {}).items():
+        root, name = (*path, "")[:2]
+        if root == "model" and name in model and str(name).endswith(_EXTRA_STATE_KEY_SUFFIX):
+            meta, room = saved[key], None
+            if isinstance(meta, TensorStorageMetadata):
+                room = torch.empty(meta.size, dtype=meta.properties.dtype)
+            set_element(states, path[1:], room)
+            keys.setdefault(name, set()).add(key)
+
+    def has_changed(name: str) -> bool:
+        now, _ = flatten_state_dict({_MODEL + name: model[name]})
+        return now.keys() != keys[name] or any(_difference(saved[k], v) for k, v in now.items())
+
+    return {name: state for name, state in states.items() if has_changed(name)}
 
 
 def _match_model(saved: Saved, tensors: Mapping[str, Any], skipped: list[str]) -> dict[str, Any]:

@@ -204,9 +204,24 @@ def _check_readable(state: dict[str, Any]) -> None:
                 "tensors and plain values, each under a key of its own"
             )
     leaves, _ = flatten_state_dict(state)
+    _check_keys(state["model"], "model")
+    _check_keys(state["optimizer"]["param_groups"], "optimizer.param_groups")
     for key, value in leaves.items():
         if not (isinstance(value, Tensor) or type(value) in (bool, int, float, str)):
             _packed(key, value)
+
+
+def _check_keys(value: Any, at: str) -> None:
+    """Whether all keys are text, as `torch.distributed.checkpoint` would make them."""
+    for key, inner in value.items() if isinstance(value, Mapping) else ():
+        if not isinstance(key, str):
+            raise TypeError(
+                f"{at} cannot be saved: its key {key!r} is {type(key).__name__}, and would come "
+                "back as text. Use keys of text, or pairs in a tuple"
+            )
+        _check_keys(inner, f"{at}.{key}")
+    for i, inner in enumerate(value) if isinstance(value, list) else ():
+        _check_keys(inner, f"{at}.{i}")
 
 
 def _packed(what: str, value: Any) -> bytes:

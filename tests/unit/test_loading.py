@@ -123,6 +123,18 @@ def test_the_extra_state_of_modules_comes_back(tmp_path, note):
     assert module.note == note
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("fresh", [0, {}, {"a": [], "b": {"f": 1}, "t": 0, "z": 5}], ids=str)
+@pytest.mark.parametrize(
+    "note", [3, [], {"a": [1, 2], "b": {"c": "d"}}, {"t": torch.ones(2), "a": [1, torch.ones(3)]}]
+)
+def test_also_where_it_has_another_structure_by_now(tmp_path, note, fresh, strict):
+    save_checkpoint(tmp_path / "a", *noted(note))
+    module, optimizer = noted(copy.deepcopy(fresh))
+    assert load_checkpoint(tmp_path / "a", module, optimizer, strict=strict).skipped == ()
+    assert str(module.note) == str(note)
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_state_of_ones_own_comes_back_with_the_rest(tmp_path, cls):
     def job(number):

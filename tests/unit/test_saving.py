@@ -60,6 +60,8 @@ def noted(note):
         (lambda: 0, 1, 1, "extra cannot be saved: .*lambda"),
         (1, Odd(), 1, "model._extra_state holds a pickle with code in it: .*Odd"),
         (1, {"a": [np.float32(1)]}, 1, "model._extra_state.a holds a pickle with code in it"),
+        (1, {"a": [{2: 3}]}, 1, r"model._extra_state.a.0 cannot be saved: its key 2 is int"),
+        (1, 1, {0.5: 3}, r"optimizer.param_groups.0.option cannot be saved: its key 0.5 is float"),
         (1, 1, Odd(), r"optimizer.param_groups.0.option holds a pickle with code in it: .*Odd"),
     ],
 )
