@@ -333,4 +333,10 @@ def _publish(work: _Work, temporary: Path, sums: dict[str, str]) -> None:
     folder.sync(temporary)
     folder.publish(temporary, work.path)
     if work.keep is not None:
-        prune(work.path, work.keep)
+        try:
+            prune(work.path, work.keep)
+        except OSError as error:
+            raise CheckpointError(
+                f"{work.path} is complete, but of those before it not all but the newest "
+                f"{work.keep} could be removed: {error}"
+            ) from error

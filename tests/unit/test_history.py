@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from adadelta_dist import Adadelta, latest_checkpoint, load_checkpoint, save_checkpoint
+from adadelta_dist import (
+    Adadelta,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from adadelta_dist.checkpoints.history import checkpoints_in, prune
 
 
@@ -130,3 +136,18 @@ def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
     assert checkpoints_in(tmp_path) == paths
     save(tmp_path / "c", keep=1)
     assert latest_checkpoint(tmp_path) == tmp_path / "c"
+
+
+def test_what_cannot_be_removed_is_no_failure_to_write(tmp_path, monkeypatch):
+    save(tmp_path / "a")
+    rename = Path.rename
+
+    def refused(path, target):
+        if path.name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(CheckpointError, match=r"b is complete, but .* newest 1 could be removed"):
+        save(tmp_path / "b", keep=1)
+    assert latest_checkpoint(tmp_path) == tmp_path / "b"
