@@ -174,6 +174,11 @@ def combine(group: Group, values: Tensor, op: str) -> Tensor:
     return shared.to(values.device)
 
 
+def most(group: Group, number: int) -> int:
+    """The largest of the ranks' numbers. Collective."""
+    return int(combine(group, torch.tensor(number, device="cpu"), "max"))
+
+
 def gather_slices(group: Group, mine: Tensor, numels: Sequence[int], dst: int) -> Tensor | None:
     """Concatenate one piece from each rank, in rank order, on the CPU of `dst`. Collective.
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from .collectives import LANES, combine
+from .collectives import LANES, most
 from .groups import FIRST_CHANNEL, Group
 
 _channels = [FIRST_CHANNEL]
@@ -28,7 +28,7 @@ def open_channel(group: Group) -> Group:
     reductions that some of them have started: over the CPU, by a gloo group of our own where
     theirs has none.
     """
-    agreed = int(combine(group, torch.tensor(_channels[0]), "max"))
+    agreed = most(group, _channels[0])
     _channels[0] = agreed + LANES
     replicas = None if group.replicas is None else _own_communicator(group.replicas)
     return replace(_own_communicator(group), channel=agreed, replicas=replicas)
@@ -63,8 +63,7 @@ def _new_group(group: Group, backend: str) -> dist.ProcessGroup:
     # torch names a group that only its members make by its ranks and by how many groups this
     # process is in already. Ranks that are not in equally many would never meet.
     count = len(distributed_c10d._world.pg_names)
-    most = int(combine(group, torch.tensor(count), "max"))
-    for _ in range(most - count):
+    for _ in range(most(group, count) - count):
         _new_local_group([dist.get_rank()], "gloo", timeout)
     return _new_local_group(ranks, backend, timeout)
 

@@ -58,7 +58,8 @@ def averaged_grads(optimizer: Optimizer, group: Group) -> Iterator[None]:
                 "differentiable=True on several ranks under a GradScaler, which changes gradients "
                 "in place and skips steps. Train in float32 or bfloat16, which need none."
             )
-    here = torch.tensor([grad is not None for grad in own], dtype=torch.uint8)
+    flags = [grad is not None for grad in own]
+    here = torch.tensor(flags, dtype=torch.uint8, device="cpu")
     anywhere = collectives.combine(group, here, "max").tolist()
     grad_of = dict(zip(params, own, strict=True))
     present = [p for p, there in zip(params, anywhere, strict=True) if there]

@@ -136,7 +136,7 @@ class ShardingReducer(GradientReducer):
 
     def _catch_up(self) -> int:
         """Launch as many rounds as the rank that has launched most. Collective."""
-        rounds = int(collectives.combine(self.group, torch.tensor(self._rounds), "max"))
+        rounds = collectives.most(self.group, self._rounds)
         while self._rounds < rounds:
             self._launch_next()
         return rounds

@@ -48,11 +48,11 @@ def scalars_of(
     if isinstance(lr, Tensor):
         lr = lr.detach().squeeze().to(dtype)
     else:
-        lr = torch.tensor(lr, dtype=dtype)
+        lr = torch.tensor(lr, dtype=dtype, device="cpu")
     rho = group["rho"]
     sign = -inverse_scale if group["maximize"] else inverse_scale
     rest = (rho, 1 - rho, group["eps"], group["weight_decay"], sign)
-    return lr, *(torch.tensor(float(value), dtype=dtype) for value in rest)
+    return lr, *(torch.tensor(float(value), dtype=dtype, device="cpu") for value in rest)
 
 
 @functools.cache

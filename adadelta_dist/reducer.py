@@ -113,9 +113,8 @@ class GradientReducer:
         Native collectives pair by their order alone, and ranks with other gradients may have
         launched more or fewer buckets during backward.
         """
-        launched = torch.tensor(sum(bucket.launched for bucket in self.buckets))
-        most = int(collectives.combine(self.group, launched, "max"))
-        for bucket in self.buckets[:most]:
+        launched = sum(bucket.launched for bucket in self.buckets)
+        for bucket in self.buckets[: collectives.most(self.group, launched)]:
             if not bucket.launched:
                 bucket.launch(in_backward=True)
 

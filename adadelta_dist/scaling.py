@@ -67,7 +67,7 @@ def is_nonfinite(tensors: Iterable[Tensor]) -> bool:
 def any_nonfinite(group: Group, shards: Sequence[Tensor], optimizer: Optimizer) -> bool:
     """Whether the scaler of any rank has found an inf or NaN, or any shard has one. Collective."""
     here = bool(getattr(optimizer, "found_inf", 0)) or is_nonfinite(shards)
-    return bool(collectives.combine(group, torch.tensor(here, dtype=torch.uint8), "max"))
+    return bool(collectives.most(group, int(here)))
 
 
 def tell_scaler(optimizer: Optimizer, found: bool) -> None:

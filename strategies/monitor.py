@@ -52,7 +52,7 @@ class AdadeltaMonitor(pl.callbacks.Callback):
         self._skips: dict[Optimizer, int] = {}
         self._rows: dict[str, int] | None = None
         self._row_of: dict[Any, int] = {}
-        self._sums = torch.zeros(0)
+        self._sums = torch.zeros(0, device="cpu")
         self._before: dict[Optimizer, list[Tensor]] = {}
         self._partitioned = False
         self._groups = 0
@@ -79,7 +79,8 @@ class AdadeltaMonitor(pl.callbacks.Callback):
         if self._rows is None and stepped % self.every_n_steps == 0:
             self._step = stepped
             self._rows, self._row_of = self._layout(trainer, pl_module)
-            self._sums = torch.zeros(len(self._rows), _SUMS, dtype=torch.float64)
+            shape = len(self._rows), _SUMS
+            self._sums = torch.zeros(shape, dtype=torch.float64, device="cpu")
 
     def on_before_optimizer_step(self, trainer: "pl.Trainer", *_: Any) -> None:
         """Notice a step that is about to happen."""
@@ -159,7 +160,7 @@ class AdadeltaMonitor(pl.callbacks.Callback):
             squares = [_square_sum(piece.grad), _square_sum(change), float(piece.values.numel())]
             for row in (self._row_of.get(id(piece.group)), self._row_of.get(piece.param)):
                 if row is not None:
-                    self._sums[row] += torch.tensor(squares, dtype=torch.float64)
+                    self._sums[row] += torch.tensor(squares, dtype=torch.float64, device="cpu")
 
     def _values(self, sums: Tensor) -> dict[str, float]:
         assert self._rows is not None

@@ -194,6 +194,6 @@ def _empty_groups(metadata: Metadata, key: str) -> list[dict[str, Any]]:
             stored = metadata.state_dict_metadata[flat]
             place = None
             if isinstance(stored, TensorStorageMetadata):
-                place = torch.empty(stored.size, dtype=stored.properties.dtype)
+                place = torch.empty(stored.size, dtype=stored.properties.dtype, device="cpu")
             groups.setdefault(keys[2], {})[keys[3]] = place
     return [groups[i] for i in sorted(groups)]

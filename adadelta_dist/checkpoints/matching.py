@@ -84,7 +84,7 @@ def _extra_states(metadata: Metadata, model: Mapping[str, Any]) -> dict[str, Any
         if root == "model" and name in model and str(name).endswith(_EXTRA_STATE_KEY_SUFFIX):
             meta, room = saved[key], None
             if isinstance(meta, TensorStorageMetadata):
-                room = torch.empty(meta.size, dtype=meta.properties.dtype)
+                room = torch.empty(meta.size, dtype=meta.properties.dtype, device="cpu")
             set_element(states, path[1:], room)
             keys.setdefault(name, set()).add(key)
 
@@ -126,7 +126,7 @@ def _match_state(
         unknown = keys.get(name, set()) - {"step", *ACCUMULATORS, *entry}
         skipped += [f"{key} of {name} is in the checkpoint alone" for key in sorted(unknown)]
         fresh = dict.fromkeys(ACCUMULATORS, p) | {
-            "step": torch.zeros((), dtype=_get_scalar_dtype())
+            "step": torch.zeros((), dtype=_get_scalar_dtype(), device="cpu")
         }
         wanted = {
             key: _empty_like((fresh | entry)[key])

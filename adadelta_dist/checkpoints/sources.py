@@ -110,7 +110,7 @@ def _load(reader: SafeReader, metadata: Metadata, key: str) -> Any:
     planner = SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         if isinstance(meta, TensorStorageMetadata):
-            into[key] = torch.empty(meta.size, dtype=meta.properties.dtype)
+            into[key] = torch.empty(meta.size, dtype=meta.properties.dtype, device="cpu")
         planner.set_up_planner(into, metadata, True)
         reader.read_data(create_default_local_load_plan(into, metadata), planner).wait()
     except (OSError, ValueError):

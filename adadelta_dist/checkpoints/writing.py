@@ -59,4 +59,5 @@ def _alone(tensor: Tensor) -> Tensor:
         return tensor.clone()
     start = tensor.storage_offset() * tensor.itemsize
     part = storage[start : start + tensor.nbytes]  # the same memory
-    return torch.empty(0, dtype=tensor.dtype).set_(part, 0, tensor.shape, tensor.stride())
+    alone = torch.empty(0, dtype=tensor.dtype, device="cpu")
+    return alone.set_(part, 0, tensor.shape, tensor.stride())

@@ -57,3 +57,10 @@ def test_a_compiler_that_leaves_out_the_rounding_is_noticed(monkeypatch, caplog)
     assert reason is not None
     assert "leaves out the rounding to torch.bfloat16" in reason
     assert reason in caplog.text
+
+
+def test_hyperparameters_stay_with_the_host_whatever_the_default_device_is():
+    group = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0, "maximize": False}
+    with torch.device("meta"):
+        scalars = kernels.scalars_of(group, torch.float32)
+    assert {scalar.device.type for scalar in scalars} == {"cpu"}
