@@ -184,6 +184,10 @@ class FlatBucket:
         """By slot, whether this rank had a gradient at the last `check_grads`."""
         return self._had_gradients
 
+    def is_launched(self, i: int) -> bool:
+        """Whether the gradient of slot `i` is the tensor that was launched, more in it or not."""
+        return bool(self._seen) and self.params[i].grad is self._seen[i]
+
     def expect(self) -> None:
         """Count the gradients that this backward can make (parameters may freeze and thaw)."""
         self.expected = sum(p.requires_grad for p in self.params)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from . import collectives
-from .agreement import RankError
 from .buckets import FlatBucket
 from .groups import Group
 from .reducer import GradientReducer
@@ -126,10 +125,7 @@ class ShardingReducer(GradientReducer):
             raise
         rounds = self._catch_up()
         if clipped_anywhere and (any(dirty_anywhere) or rounds > self._clipped_at):
-            raise RankError(
-                "there are new gradients since optimizer.clip_grad_norm_, which clips their sum: "
-                f"clip after them. (raised on every rank; this is rank {self.group.number})"
-            )
+            raise self._clipped_too_early()
         for bucket in compress(self.buckets, dirty_anywhere):
             bucket.launch()
         self._clipped_at = self._rounds

@@ -45,7 +45,7 @@ class GradientReducer:
         self._lock = threading.Lock()
         self._unhooked: list[tuple[int, int, Tensor]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.clipped = False
+        self.clipped = self._adds_to_clipped = False
         self._edited = self._warned = False
         weakref.finalize(self, _remove, self._handles).atexit = False
 
@@ -92,13 +92,10 @@ class GradientReducer:
             changed and not bucket.accumulating  # by the user, that is, not by a backward
             for changed, bucket in zip(edited, self.buckets, strict=True)
         )
-        flags = [by_hand, self.clipped, *edited]
-        by_hand_anywhere, clipped_anywhere, *again = self._agree(flags, facts, error)
-        if clipped_anywhere and by_hand_anywhere:
-            raise RankError(
-                "gradients changed after optimizer.clip_grad_norm_, which clips their average: "
-                f"edit them before it. (raised on every rank; this is rank {self.group.number})"
-            )
+        flags = [by_hand or self._adds_to_clipped, self.clipped, *edited]
+        changed_anywhere, clipped_anywhere, *again = self._agree(flags, facts, error)
+        if clipped_anywhere and changed_anywhere:
+            raise self._clipped_too_early()
         self._edited |= by_hand
         # First what some ranks have launched already, so that all launch in the same order.
         for bucket in self.buckets:
@@ -120,15 +117,23 @@ class GradientReducer:
 
     def discard(self) -> None:
         """Gradients are zeroed: forget what was done with them."""
-        self.clipped = False
+        self.clipped = self._adds_to_clipped = False
 
     def reset(self) -> None:
         """Begin a new iteration, after a step."""
-        self._next, self._counted, self.clipped = 0, False, False
+        self._next, self._counted = 0, False
+        self.clipped = self._adds_to_clipped = False
         for bucket in self.buckets:
             bucket.reset()
         self._hook_params()
         self._warn_of_edits()  # last: where warnings are errors, it must not stop half-way
+
+    def _clipped_too_early(self) -> RankError:
+        return RankError(
+            "gradients changed after optimizer.clip_grad_norm_, which clips the average of all: "
+            "clip once, after all that adds to them or edits them; or forget them before, by "
+            f"optimizer.zero_grad(). (raised on every rank; this is rank {self.group.number})"
+        )
 
     def _check(self, error: Exception | None) -> Exception | None:
         """What is wrong here, if anything: parameters that were moved, or a sparse gradient, first.
@@ -185,6 +190,7 @@ class GradientReducer:
         Under capture a reduction belongs to the step, which may not be captured with it.
         """
         bucket = self.buckets[b]
+        self._adds_to_clipped |= self.clipped and bucket.is_launched(i)
         taken = bucket.take(i)
         with self._lock:  # backward has a thread for each device
             if bucket.launched:

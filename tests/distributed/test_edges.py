@@ -122,7 +122,7 @@ def edit_after_clip(rank):
 def test_gradients_edited_after_clipping_are_an_error_on_every_rank(pool):
     for kind, message in pool(2).run(edit_after_clip):
         assert kind == "RankError"
-        assert "edit them before it" in message
+        assert "clip once, after all that adds to them or edits them" in message
 
 
 def skip_after_clip(rank, forget):

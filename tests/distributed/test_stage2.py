@@ -142,20 +142,6 @@ def test_zero_grad_at_other_times_is_an_error_on_every_rank(pool):
     pool(2).run(zeroed_at_other_times)
 
 
-def more_after_clipping(rank):
-    module, optimizer = new()
-    loss_of(module, batch(rank, 0)).backward()
-    optimizer.clip_grad_norm_(1.0)
-    if rank == 1:
-        loss_of(module, batch(rank, 1)).backward()
-    with pytest.raises(RankError, match=r"new gradients since optimizer\.clip_grad_norm_"):
-        optimizer.step()
-
-
-def test_new_gradients_after_clipping_are_an_error_on_every_rank(pool):
-    pool(2).run(more_after_clipping)
-
-
 class Fails(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

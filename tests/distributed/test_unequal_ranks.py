@@ -9,7 +9,14 @@ import torch.distributed as dist
 from test_gradients import batch, loss_of, model
 from torch import nn
 
-from adadelta_dist import ShardedAdadelta, ShardPolicy, collectives, reduction, sharded
+from adadelta_dist import (
+    RankError,
+    ShardedAdadelta,
+    ShardPolicy,
+    collectives,
+    reduction,
+    sharded,
+)
 
 
 def dropped_while_gathers_are_open(rank):
@@ -152,3 +159,25 @@ def test_all_ranks_call_native_collectives_in_one_order(pool, between, stage):
     first, second = pool(2).run(order_of_collectives, between, stage)
     assert first == second
     assert len(set(first)) > 1
+
+
+def more_after_clipping(rank, policy, then):
+    """torch would add to gradients that are clipped; ours are clipped in the shards alone."""
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=policy)
+    loss_of(module, batch(rank, 0)).backward()
+    optimizer.clip_grad_norm_(1.0)
+    if rank == 1:
+        loss_of(module, batch(rank, 1)).backward()
+    with pytest.raises(RankError, match="clip once, after all that adds to them"):
+        optimizer.step() if then == "step" else optimizer.clip_grad_norm_(1.0)
+
+
+@pytest.mark.parametrize("then", ["step", "clip"])
+@pytest.mark.parametrize(
+    "policy",
+    [ShardPolicy(), ShardPolicy(overlap=False), ShardPolicy(stage=2)],
+    ids=["overlap", "no overlap", "stage 2"],
+)
+def test_gradients_are_clipped_when_all_are_there(pool, policy, then):
+    pool(2).run(more_after_clipping, policy, then)
