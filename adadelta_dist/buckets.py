@@ -166,6 +166,9 @@ class FlatBucket:
         if in_backward:
             self._grads = [p.grad for p in self.params]
         self._seen = self._grads
+        if not self._lending.places:  # a clip may have made the rest NaN
+            self.grad_shard.zero_()
+            self._is_zero = [True] * len(self._seen)
         self._in_place = self._lending.hold(self._seen)
         if self._in_place:
             self._is_zero = [False] * len(self._seen)
@@ -185,8 +188,9 @@ class FlatBucket:
         return self._had_gradients
 
     def is_launched(self, i: int) -> bool:
-        """Whether the gradient of slot `i` is the tensor that was launched, more in it or not."""
-        return bool(self._seen) and self.params[i].grad is self._seen[i]
+        """Whether there is a gradient of slot `i`, the tensor that was launched, edited or not."""
+        grad = self.params[i].grad
+        return grad is not None and bool(self._seen) and grad is self._seen[i]
 
     def expect(self) -> None:
         """Count the gradients that this backward can make (parameters may freeze and thaw)."""

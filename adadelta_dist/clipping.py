@@ -39,7 +39,7 @@ def clip_shards_(
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for shard in shards:
         shard.mul_(scale.to(shard))
-    return norm.to(shards[0].device, shards[0].dtype.to_real())
+    return norm.to(shards[0].device, shards[0].dtype.to_real()) if shards else norm.float()
 
 
 def global_norm(group: Group, shards: Sequence[Tensor], norm_type: float) -> Tensor:

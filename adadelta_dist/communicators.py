@@ -1,6 +1,8 @@
 """Ways of our own between the ranks, besides what the user sends in their process groups."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -13,6 +15,7 @@ from .collectives import LANES, most
 from .groups import FIRST_CHANNEL, Group
 
 _channels = [FIRST_CHANNEL]
+_numbers = [0]
 _backgrounds: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
     weakref.WeakKeyDictionary()
 )
@@ -59,24 +62,55 @@ def _new_group(group: Group, backend: str) -> dist.ProcessGroup:
     """A process group of the same ranks in the same order, as patient as theirs. Collective."""
     assert group.process_group is not None
     ranks = dist.get_process_group_ranks(group.process_group)
-    timeout = _timeout(group)
-    # torch names a group that only its members make by its ranks and by how many groups this
-    # process is in already. Ranks that are not in equally many would never meet.
-    count = len(distributed_c10d._world.pg_names)
-    for _ in range(most(group, count) - count):
-        _new_local_group([dist.get_rank()], "gloo", timeout)
-    return _new_local_group(ranks, backend, timeout)
-
-
-def _new_local_group(
-    ranks: list[int], backend: str, timeout: timedelta | None
-) -> dist.ProcessGroup:
     # torch 2.8, which has no such argument, has no groups in another order either.
     order: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
-    own: dist.ProcessGroup = dist.new_group(
-        ranks, timeout=timeout, backend=backend, use_local_synchronization=True, **order
-    )
+    with _numbered(most(group, _next_number())), _by_its_members_alone():
+        own: dist.ProcessGroup = dist.new_group(
+            ranks,
+            timeout=_timeout(group),
+            backend=backend,
+            use_local_synchronization=True,
+            **order,
+        )
     return own
+
+
+def _next_number() -> int:
+    return max(len(distributed_c10d._world.pg_names), _numbers[0] + 1)
+
+
+@contextmanager
+def _numbered(number: int) -> Iterator[None]:
+    """Have torch take `number` for how many groups there are.
+
+    It names a group that its members alone make by its ranks and by how many groups the process
+    is in. Ranks in other groups besides would never meet; and once a group is destroyed, the
+    name of an older one would come again.
+    """
+    _numbers[0] = number
+    names: dict[Any, Any] = distributed_c10d._world.pg_names
+    missing = [object() for _ in range(number - len(names))]
+    names.update((stand_in, f"adadelta_dist-{id(stand_in)}") for stand_in in missing)
+    try:
+        yield
+    finally:
+        for stand_in in missing:
+            del names[stand_in]
+
+
+@contextmanager
+def _by_its_members_alone() -> Iterator[None]:
+    """Have no communicator split off the default group's, which all of its ranks would have to do.
+
+    torch does so where `init_process_group` got a `device_id`.
+    """
+    default = dist.group.WORLD
+    assert default is not None
+    bound, default.bound_device_id = default.bound_device_id, None
+    try:
+        yield
+    finally:
+        default.bound_device_id = bound
 
 
 def _timeout(group: Group) -> timedelta | None:

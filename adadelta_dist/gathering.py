@@ -1,7 +1,7 @@
 """All-gathers that go on while the next forward begins."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ class Gathers:
         weakref.finalize(self, _remove, self._hooks).atexit = False
 
     def start(self, bucket: FlatBucket) -> None:
-        """Collective."""
+        """Collective. A graph from before it may no longer be gone back through, as in torch."""
         self._pending[bucket] = bucket.gather()
+        torch.autograd.graph.increment_version(bucket.params)
 
     def leave(self, count: int) -> None:
         """Return when no more than the `count` latest are under way."""
@@ -40,11 +41,11 @@ class Gathers:
             pending = self._pending.pop(bucket, None)
             if pending is not None:
                 pending.wait()
-                torch.autograd.graph.increment_version(bucket.params)
 
     def attach(self, model: nn.Module, bucket_of: Mapping[Tensor, FlatBucket]) -> set[FlatBucket]:
         """Have each module wait for its own parameters before its forward, and before its state
-        is read or loaded; torch's attention for its children's as well.
+        is read or loaded; for those in a `ParameterList` or another child without a forward, and
+        torch's attention for its children's, as well.
 
         Returns:
             The buckets all of whose parameters some module waits for.
@@ -62,9 +63,9 @@ class Gathers:
             )
         owned: set[Tensor] = set()
         for module in model.modules():
-            read = module.parameters(recurse=isinstance(module, _READ_CHILDREN))
-            own = [p for p in read if p in bucket_of]
-            owned.update(own)
+            own = [p for p in _read_by(module) if p in bucket_of]
+            if _has_forward(module):
+                owned.update(own)
             if own:
                 self._hook(module, _Wait(self, dict.fromkeys(bucket_of[p] for p in own)))
         return {b for b in set(bucket_of.values()) if owned.issuperset(b.params)}
@@ -80,6 +81,18 @@ class Gathers:
         ]
 
 
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _read_by(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that a module uses itself: its own, and those of mere containers in it."""
+    yield from module.parameters(recurse=isinstance(module, _READ_CHILDREN))
+    for child in module.children():
+        if not _has_forward(child):
+            yield from _read_by(child)
+
+
 class _Wait:
     """A hook that waits for buckets, and keeps neither them nor the optimizer alive.
 
@@ -93,7 +106,9 @@ class _Wait:
     def __call__(self, *_: Any) -> None:
         gathers = self._gathers()
         if gathers is not None:
-            gathers.wait([bucket for alive in self._buckets if (bucket := alive()) is not None])
+            # No `:=` in a comprehension: torch.compile, which traces this, takes it amiss.
+            alive = [bucket() for bucket in self._buckets]
+            gathers.wait([bucket for bucket in alive if bucket is not None])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _wait_for_nothing, ()

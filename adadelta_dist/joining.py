@@ -66,18 +66,25 @@ class Joining(StateDicts, Joinable):
             if work is not None:
                 work.wait()
         self._announced = True
-        groups = [{name: g[name] for name in HYPERPARAMETERS} for g in self.param_groups]
-        collectives.all_gather_object(self._group, (method, args, groups))
+        collectives.all_gather_object(self._group, (method, args, self._hyperparameters()))
+
+    def _hyperparameters(self) -> list[dict[str, Any]]:
+        return [{name: g[name] for name in HYPERPARAMETERS} for g in self.param_groups]
+
+    def _adopt(self, hyperparameters: list[dict[str, Any]]) -> None:
+        for mine, theirs in zip(self.param_groups, hyperparameters, strict=True):
+            mine.update(theirs)
 
     def _follow(self) -> None:
         """One iteration of the ranks that go on. Collective."""
-        self.zero_grad()
+        if self._policy.stage == 1:
+            self.zero_grad()
+        # At stage 2 what a last backward has sent is answered by the others' next one, and counts.
         method = ""
         while method != "_step_all":
             said = collectives.all_gather_object(self._group, None)
             method, args, groups = next(call for call in said if call is not None)
-            for mine, theirs in zip(self.param_groups, groups, strict=True):
-                mine.update(theirs)
+            self._adopt(groups)
             with torch.no_grad():
                 getattr(self, method)(*args)
 
@@ -88,3 +95,10 @@ class _Shadow(JoinHook):
 
     def main_hook(self) -> None:
         self._optimizer._follow()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        """What a scheduler has set after the last step, on the ranks that took it. Collective."""
+        optimizer = self._optimizer
+        own = optimizer._hyperparameters() if is_last_joiner else None
+        said = collectives.all_gather_object(optimizer._group, own)
+        optimizer._adopt(next(groups for groups in said if groups is not None))

@@ -68,6 +68,18 @@ def precision_of(policy: ShardPolicy, dtype: torch.dtype) -> Precision:
 
 
 def check_precision(policy: ShardPolicy, params: Iterable[Tensor]) -> None:
-    """Refuse parameters for which the policy means nothing, as `precision_of`."""
+    """Refuse parameters for which the policy means nothing, as `precision_of`.
+
+    Raises:
+        TypeError: gradients of another dtype than their parameters (torch's `grad_dtype`).
+    """
+    for p in params:
+        # torch 2.8 has none.
+        grad_dtype = getattr(p, "grad_dtype", None) if p.requires_grad and p.is_leaf else None
+        if grad_dtype not in (None, p.dtype):
+            raise TypeError(
+                f"a parameter of {p.dtype} has grad_dtype={grad_dtype}, and ShardedAdadelta keeps "
+                "gradients in its parameters' dtype, averaged in float32. Leave grad_dtype out."
+            )
     for dtype in dict.fromkeys(p.dtype for p in params):
         precision_of(policy, dtype)

@@ -10,9 +10,10 @@ any rank are reduced again on all.
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,12 +46,14 @@ class GradientReducer:
         self._lock = threading.Lock()
         self._unhooked: list[tuple[int, int, Tensor]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._accumulators: list[Any] = []
         self.clipped = self._adds_to_clipped = False
         self._edited = self._warned = False
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def extend(self, buckets: Sequence[FlatBucket]) -> None:
         for b, bucket in enumerate(buckets, len(self.buckets)):
+            release(bucket.params)
             if bucket.is_hooked:
                 self._unhooked.extend((b, i, p) for i, p in enumerate(bucket.params))
         self.buckets.extend(buckets)
@@ -59,6 +62,10 @@ class GradientReducer:
             bucket.reduction.in_order = in_order[bucket.reduction.in_thread]
         self._counted = False
         self._hook_params()
+
+    def unhook(self) -> None:
+        """Leave backwards alone; what they put into `p.grad` is reduced at a step."""
+        _remove(self._handles)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -92,11 +99,11 @@ class GradientReducer:
             changed and not bucket.accumulating  # by the user, that is, not by a backward
             for changed, bucket in zip(edited, self.buckets, strict=True)
         )
-        flags = [by_hand or self._adds_to_clipped, self.clipped, *edited]
+        flags = [by_hand or self._adds_to_clipped, self._is_clipped(), *edited]
         changed_anywhere, clipped_anywhere, *again = self._agree(flags, facts, error)
         if clipped_anywhere and changed_anywhere:
             raise self._clipped_too_early()
-        self._edited |= by_hand
+        self._edited |= by_hand and self.buckets[0].is_hooked  # else nothing was sent
         # First what some ranks have launched already, so that all launch in the same order.
         for bucket in self.buckets:
             if not bucket.launched:
@@ -115,6 +122,10 @@ class GradientReducer:
             if not bucket.launched:
                 bucket.launch(in_backward=True)
 
+    def clip_anew(self) -> None:
+        """A clip replaces one whose step was skipped, unless gradients were added to that."""
+        self.clipped = self._adds_to_clipped
+
     def discard(self) -> None:
         """Gradients are zeroed: forget what was done with them."""
         self.clipped = self._adds_to_clipped = False
@@ -127,6 +138,11 @@ class GradientReducer:
             bucket.reset()
         self._hook_params()
         self._warn_of_edits()  # last: where warnings are errors, it must not stop half-way
+
+    def _is_clipped(self) -> bool:
+        """Whether anything is left of what was clipped; the step may have been skipped since."""
+        slots = ((bucket, i) for bucket in self.buckets for i in range(len(bucket.params)))
+        return self.clipped and any(bucket.is_launched(i) for bucket, i in slots)
 
     def _clipped_too_early(self) -> RankError:
         return RankError(
@@ -214,12 +230,31 @@ class GradientReducer:
         me, unhooked, self._unhooked = weakref.ref(self), self._unhooked, []
         for b, i, p in unhooked:
             if p.requires_grad and p.is_leaf:
-                if p in _hooks:  # of an optimizer before this one, which would take its gradients
-                    _hooks[p].remove()
+                self._accumulators.append(_accumulator(p))
                 _hooks[p] = p.register_post_accumulate_grad_hook(_gradient_hook(me, b, i))
                 self._handles.append(_hooks[p])
             else:
                 self._unhooked.append((b, i, p))
+
+
+def release(params: Iterable[Tensor]) -> None:
+    """Take off the hooks of an optimizer before this one, which would take its gradients."""
+    for p in params:
+        hook = _hooks.pop(p, None)
+        if hook is not None:
+            hook.remove()
+
+
+def _accumulator(p: Tensor) -> Any:
+    """The node that completes a gradient, for as long as it is kept on the stream of now.
+
+    torch would make it anew in each forward, on the stream of that layer; hooks on one stream
+    after those on another would have a reduction read what is not there yet.
+    """
+    with torch.enable_grad():
+        node = p.expand_as(p).grad_fn
+    assert node is not None
+    return node.next_functions[0][0]
 
 
 def _gradient_hook(

@@ -50,7 +50,7 @@ class Reduction:
         is_in_place = group.world_size <= 2 and flat.dtype == wire == shard.dtype
         self._takes_memory = self.in_thread and not is_in_place
         self.in_order = InOrder(in_thread=self.in_thread)
-        self._done: Future[None] | None = None
+        self._submitted: list[Future[None]] = []
         self._pending: list[Pending] = []
         weakref.finalize(self, _abandon, self._pending).atexit = False
 
@@ -58,7 +58,7 @@ class Reduction:
         """Start averaging the gradients `flat` into this rank's shard. Collective."""
         if self._takes_memory:
             average = partial(_average_in_pieces, self._group, flat, self._wire, shard)
-            self._done = self.in_order.submit(average)
+            self._submitted.append(self.in_order.submit(average))
         else:
             self._pending.append(_start(self._group, flat, self._wire, shard))
 
@@ -68,7 +68,7 @@ class Reduction:
             add_average = partial(
                 _average_in_pieces, self._group, flat, self._wire, shard, add=True
             )
-            self._done = self.in_order.submit(add_average)
+            self._submitted.append(self.in_order.submit(add_average))
             return
         average = torch.empty_like(shard)
         pending = _start(self._group, flat, self._wire, average)
@@ -77,22 +77,22 @@ class Reduction:
             pending.wait()
             shard.add_(average)
 
-        self._done = self.in_order.submit(add)
+        self._submitted.append(self.in_order.submit(add))
 
     def empty(self, shard: Tensor) -> None:
         """Make the shard zero, when what is on its way has arrived."""
-        self._done = self.in_order.submit(shard.zero_)  # type: ignore[arg-type]
+        self._submitted.append(self.in_order.submit(shard.zero_))  # type: ignore[arg-type]
 
     def is_done(self, within_s: float) -> bool:
         """Whether the shard is what it will be, or is within these seconds."""
-        return self._done is None or self.in_order.is_done(self._done, within_s)
+        return not self._submitted or self.in_order.is_done(self._submitted[-1], within_s)
 
     def wait(self) -> None:
-        """Return when the shard is what it will be."""
+        """Return when the shard is what it will be, or raise what went wrong on the way."""
         while self._pending:
             self._pending.pop().wait()
-        done, self._done = self._done, None
-        if done is not None:
+        submitted, self._submitted = self._submitted, []
+        for done in submitted:
             self.in_order.wait(done)
 
 

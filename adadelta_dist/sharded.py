@@ -22,7 +22,7 @@ from .groups import Group
 from .memory import check_memory
 from .policy import ShardPolicy
 from .precision import check_precision
-from .reducer import GradientReducer
+from .reducer import GradientReducer, release
 from .shard_step import rounds_in_one_kernel, step_
 
 
@@ -108,7 +108,9 @@ class ShardedAdadelta(ShardedGradients):
             )
             self._check_params()
             mine.facts.extend([str(policy), *fingerprint.facts(self.param_groups)])
-        if not differentiable:
+        if differentiable:
+            release(p for group in self.param_groups for p in group["params"])
+        else:
             self._install(0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -53,11 +53,18 @@ class BufferBroadcast:
         Args:
             synced: gradients of this forward will be averaged.
         """
+        self.before_validation_(module)
+        self._differ = synced
+
+    def before_validation_(self, module: nn.Module) -> None:
+        """The same, whose forward changes no buffers: but a callback may swap others in and out.
+
+        Collective.
+        """
         if self.enabled and self._differ:
             names = _ignored(module)
             buffers = [b for name, b in module.named_buffers() if name not in names]
             broadcast_(buffers, groups.join(None))
-        self._differ = synced
 
 
 def _ignored(module: nn.Module) -> set[str]:

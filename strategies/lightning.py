@@ -134,10 +134,11 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         self._buffers.before_forward_(self.model, synced=not self._blocked)
         return super().training_step(*args, **kwargs)
 
-    def on_validation_start(self) -> None:
-        """Validate with rank 0's buffers, as DistributedDataParallel would."""
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The validation step, with rank 0's buffers, as DistributedDataParallel has it."""
         assert self.model is not None
-        self._buffers.before_forward_(self.model, synced=False)
+        self._buffers.before_validation_(self.model)
+        return super().validation_step(*args, **kwargs)
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
@@ -223,7 +224,9 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
             exception.args = (f"{exception}. If that was a gradient: {_FREED}",)
 
     def teardown(self) -> None:
-        """Leave the precision plugin and the Trainer's callbacks as they were."""
+        """Leave the precision plugin, the Trainer's callbacks and later backwards alone."""
+        for optimizer in self.optimizers:
+            _bare(optimizer)._reducer.unhook()
         vars(self.precision_plugin).pop("clip_gradients", None)
         if self.lightning_module is not None and self.lightning_module._trainer is not None:
             self._meeting.leave(self.lightning_module.trainer)

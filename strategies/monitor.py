@@ -20,10 +20,10 @@ class AdadeltaMonitor(pl.callbacks.Callback):
 
     For each parameter group (`adadelta/group_0/...`), and for each layer if asked
     (`adadelta/<layer>/...`): `gradient_rms` of the averaged, clipped gradient; `update_rms` of
-    what the step added; `effective_lr`, the second over the first. For all together
-    `adadelta/gradient_norm` and `adadelta/skipped_steps`, the number of steps so far that a
-    gradient scaler kept from happening. Values are the same on all ranks: one all-reduce
-    carries all of them.
+    what the step added; `effective_lr`, the second over the first; all of them at an optimizer's
+    last step in a batch. For all together `adadelta/gradient_norm` and `adadelta/skipped_steps`,
+    the number of steps so far that a gradient scaler kept from happening. Values are the same on
+    all ranks: one all-reduce carries all of them.
 
     With `ShardedAdadelta`, `Adadelta`, `torch.optim.Adadelta`; under DeepSpeed without layers,
     for there an optimizer has flat pieces of parameters, whose padding counts in the means.
@@ -52,13 +52,14 @@ class AdadeltaMonitor(pl.callbacks.Callback):
         self._skips: dict[Optimizer, int] = {}
         self._rows: dict[str, int] | None = None
         self._row_of: dict[Any, int] = {}
-        self._sums = torch.zeros(0, device="cpu")
+        self._sums: dict[Optimizer, Tensor] = {}
         self._before: dict[Optimizer, list[Tensor]] = {}
         self._partitioned = False
         self._groups = 0
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Hook the optimizers."""
+        self._reset()  # an exception keeps `teardown` from being called
         for wrapped in trainer.optimizers:
             optimizer, partitioned = innermost(wrapped)
             if isinstance(optimizer, ShardedAdadelta) and optimizer._policy.stage == 2:
@@ -79,8 +80,7 @@ class AdadeltaMonitor(pl.callbacks.Callback):
         if self._rows is None and stepped % self.every_n_steps == 0:
             self._step = stepped
             self._rows, self._row_of = self._layout(trainer, pl_module)
-            shape = len(self._rows), _SUMS
-            self._sums = torch.zeros(shape, dtype=torch.float64, device="cpu")
+            self._before, self._sums = {}, {}
 
     def on_before_optimizer_step(self, trainer: "pl.Trainer", *_: Any) -> None:
         """Notice a step that is about to happen."""
@@ -95,9 +95,10 @@ class AdadeltaMonitor(pl.callbacks.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any
     ) -> None:
         """Log, if a step was looked at. Collective."""
-        if self._rows is None or not self._before:
+        if self._rows is None or not self._sums:
             return
-        sums, self._before = self._sums.to(trainer.strategy.root_device), {}
+        sums = torch.stack(list(self._sums.values())).sum(0).to(trainer.strategy.root_device)
+        self._before, self._sums = {}, {}
         if self._partitioned:
             sums = trainer.strategy.reduce(sums, reduce_op="sum")
         self.latest = self._values(sums.cpu())
@@ -110,10 +111,13 @@ class AdadeltaMonitor(pl.callbacks.Callback):
 
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Remove the hooks."""
+        self._reset()
+
+    def _reset(self) -> None:
         while self._handles:
             self._handles.pop().remove()
         self._rows, self._attempted = None, False
-        self._before, self._skips = {}, {}
+        self._before, self._sums, self._skips = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """The number of skipped steps."""
@@ -152,6 +156,8 @@ class AdadeltaMonitor(pl.callbacks.Callback):
             return
         if self._rows is None:
             return
+        shape = len(self._rows), _SUMS
+        sums = torch.zeros(shape, dtype=torch.float64, device="cpu")
         for piece, before in zip(pieces(optimizer), self._before[optimizer], strict=True):
             if piece.grad is None:
                 continue
@@ -160,7 +166,9 @@ class AdadeltaMonitor(pl.callbacks.Callback):
             squares = [_square_sum(piece.grad), _square_sum(change), float(piece.values.numel())]
             for row in (self._row_of.get(id(piece.group)), self._row_of.get(piece.param)):
                 if row is not None:
-                    self._sums[row] += torch.tensor(squares, dtype=torch.float64, device="cpu")
+                    sums[row] += torch.tensor(squares, dtype=torch.float64, device="cpu")
+
+        self._sums[optimizer] = sums
 
     def _values(self, sums: Tensor) -> dict[str, float]:
         assert self._rows is not None

@@ -159,8 +159,10 @@ def load_optimizer(saved: OnDisk, optimizer: ShardedAdadelta, module: nn.Module)
 
 
 def remove(path: Path) -> None:
-    """Remove such a folder, if there is one."""
-    if is_folder(path):
+    """Remove such a folder, or a link to one, if there is one."""
+    if path.is_symlink() and is_folder(path):
+        path.unlink()
+    elif is_folder(path):
         shutil.rmtree(path)
 
 

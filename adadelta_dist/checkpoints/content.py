@@ -117,6 +117,8 @@ def optimizer_root(paths: Iterable[Keys]) -> Keys | None:
         for i, key in enumerate(path)
         if str(key).partition(".")[0] == "param_groups"
     }
+    # A parameter may have such a name, and so have its state and what a model calls so.
+    roots = {r: None for r in roots if not any(r[: len(o) + 1] == (*o, "state") for o in roots)}
     if ("optimizer",) in roots:
         roots = {root: None for root in roots if root[:1] != ("model",)}
     if len(roots) > 1:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .content import Content, Value, foreign_state
 from .folder import MANIFEST, plain, read_manifest, verify
-from .sources import read
+from .sources import is_deepspeed, read
 
 Kind = Literal["adadelta-dist", "dcp", "torch"]
 
@@ -83,6 +83,8 @@ def describe(path: str | Path) -> Description:
     kind: Kind = "dcp" if path.is_dir() else "torch"
     if (path / MANIFEST).exists():
         kind = "adadelta-dist"
+    elif is_deepspeed(path):
+        raise ValueError(f"{path} is a checkpoint of DeepSpeed: use `adadelta-dist convert` first")
     elif path.is_dir() and not (path / ".metadata").exists():
         raise ValueError(f"{path} is not a checkpoint: it has neither {MANIFEST} nor .metadata")
     problems = verify(path)

@@ -207,6 +207,8 @@ def _check_readable(state: dict[str, Any]) -> None:
     _check_keys(state["model"], "model")
     _check_keys(state["optimizer"]["param_groups"], "optimizer.param_groups")
     for key, value in leaves.items():
+        if isinstance(value, Tensor) and value.is_quantized:
+            raise TypeError(f"{key} cannot be saved: it is quantized. Save its int_repr()")
         if not (isinstance(value, Tensor) or type(value) in (bool, int, float, str)):
             _packed(key, value)
 

@@ -87,7 +87,7 @@ def plan(
     """
     with errors():
         planned = _model(model).cast(_dtype(dtype))
-        if not planned.parameters:
+        if not planned.numel:
             raise ValueError(f"{model} has no parameters to train")
         cluster = Cluster(world_size, replicas, ranks_per_host, backend, within_gbit, between_gbit)
         policy = ShardPolicy(

@@ -8,11 +8,13 @@ from math import isqrt, prod
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..checkpoints.content import Content
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.)")
 _NUMEL_PER_CUBED_DEPTH = 12 * 128**2
+_MOST = 10**15
 """A decoder of L blocks of 12 d x d elements, where d is about 128 L."""
 
 
@@ -82,10 +84,10 @@ def from_count(numel: int, dtype: torch.dtype = torch.float32) -> ModelPlan:
     """A decoder of so many parameters: blocks of twelve square matrices, and a vector for the rest.
 
     Raises:
-        ValueError: fewer than one.
+        ValueError: fewer than one, or more than anybody can mean.
     """
-    if numel < 1:
-        raise ValueError(f"a model of {numel} parameters: wanted at least 1")
+    if not 1 <= numel <= _MOST:
+        raise ValueError(f"a model of {numel} parameters: wanted 1 to {_MOST}")
     depth = max(1, round((numel / _NUMEL_PER_CUBED_DEPTH) ** (1 / 3)))
     side = isqrt(numel // (12 * depth))
     names = [f"blocks.{i}.{j}" for i in range(depth) for j in range(12)] if side else []
@@ -97,9 +99,15 @@ def from_count(numel: int, dtype: torch.dtype = torch.float32) -> ModelPlan:
 
 
 def from_module(module: nn.Module) -> ModelPlan:
-    """The trainable parameters of a module, on whatever device, "meta" as well."""
+    """The trainable parameters of a module, on whatever device, "meta" as well.
+
+    Raises:
+        ValueError: a parameter has no shape yet.
+    """
     trained, frozen = [], sum(map(_nbytes, module.buffers()))
     for name, p in module.named_parameters():
+        if is_lazy(p):
+            raise ValueError(f"{name} is lazy, and has no shape yet: give it in_features")
         if p.requires_grad:
             trained.append(Parameter(name, tuple(p.shape), p.dtype))
         else:

@@ -85,3 +85,12 @@ def infinity_norm(rank):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_norm_may_be_a_word_as_in_torch(pool, world_size):
     assert pool(world_size).run(infinity_norm) == [3.0] * world_size
+
+
+def norm_of_nothing(rank):
+    optimizer = ShardedAdadelta([{"params": []}])
+    return optimizer.clip_grad_norm_(1.0).item()
+
+
+def test_a_norm_of_nothing_is_zero_as_in_torch(pool):
+    assert pool(2).run(norm_of_nothing) == [0.0, 0.0]

@@ -56,3 +56,39 @@ def in_another_order(rank):
 )
 def test_they_keep_the_order_of_the_ranks(pool):
     assert pool(2).run(in_another_order) == [([1, 0], 1, 1, 1.0), ([1, 0], 0, 0, 1.0)]
+
+
+def after_one_is_destroyed(rank):
+    """Whether groups of ours meet before and after the user destroys a group of theirs."""
+    theirs = [dist.new_group([0, 1]) for _ in range(2)]
+    ours = []
+    for sharing in theirs:
+        ours.append(communicators.open_background(groups.join(sharing)).process_group)
+        dist.all_reduce(torch.ones(1), group=ours[-1])
+        dist.destroy_process_group(sharing)
+    return len({group.group_name for group in ours})
+
+
+def test_they_have_names_of_their_own_whatever_is_destroyed(pool):
+    assert pool(2).run(after_one_is_destroyed) == [2, 2]
+
+
+def bound_to_a_device(rank):
+    """What torch, which may split communicators off a bound default group, finds it bound to."""
+    found, new_group = [], dist.new_group
+    default, device = dist.group.WORLD, torch.device("cpu", 0)
+
+    def recorded(*args, **kwargs):
+        found.append(default.bound_device_id)
+        return new_group(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sharing = new_group([0, 1])
+        monkeypatch.setattr(default, "bound_device_id", device)
+        monkeypatch.setattr(dist, "new_group", recorded)
+        communicators.open_background(groups.join(sharing))
+        return found, default.bound_device_id == device
+
+
+def test_they_are_made_by_their_members_alone(pool):
+    assert pool(2).run(bound_to_a_device) == [([None], True)] * 2

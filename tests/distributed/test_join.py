@@ -102,3 +102,43 @@ def test_an_early_end_is_an_error_where_that_is_asked_for(pool):
 
 def test_an_error_reaches_those_that_have_ended(pool):
     pool(2).run(failing, False, "Adadelta does not support sparse gradients")
+
+
+def scheduled(rank):
+    """Learning rates after each of two epochs, of unequal length."""
+    optimizer = ShardedAdadelta(model().parameters())
+    scheduler = StepLR(optimizer, 1, gamma=0.5)
+    rates = []
+    for _ in range(2):
+        with joined([optimizer]):
+            for _ in range(1 + rank):
+                optimizer.zero_grad()
+                optimizer.param_groups[0]["params"][0].sum().backward()
+                optimizer.step()
+                scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+def test_what_a_scheduler_sets_at_the_end_reaches_all(pool):
+    assert pool(2).run(scheduled) == [[0.25, 0.0625]] * 2
+
+
+def left_over(rank, policy):
+    """Rank 1 ends with a backward that no step followed."""
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=policy)
+    with joined([optimizer]):
+        for step in range((4, 3)[rank]):
+            loss_of(module, batch(rank, step)).backward()
+            if step % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    return values(module)
+
+
+@pytest.mark.parametrize("policy", [SMALL_BUCKETS, STAGE_2])
+def test_ranks_agree_where_one_ends_with_gradients_left_over(pool, policy):
+    first, second = pool(2).run(left_over, policy)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)

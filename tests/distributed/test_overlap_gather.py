@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import time
+import warnings
 import weakref
 
 import pytest
@@ -253,3 +254,81 @@ def copied(rank, how):
 @pytest.mark.parametrize("how", ["saved", "deepcopied"])
 def test_a_copy_of_the_model_waits_for_nothing(pool, how):
     assert pool(2).run(copied, how) == [(True, True, True)] * 2
+
+
+class Containers(nn.Module):
+    """Uses parameters of children that have no forward, nested too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.several = nn.ParameterList([torch.randn(12) for _ in range(3)])
+        self.named = nn.ModuleDict({"a": nn.ParameterDict({"b": torch.randn(12)})})
+
+    def forward(self):
+        return sum((p * p).sum() for p in self.parameters())
+
+
+def of_containers(rank, whole):
+    """(whether the first forward after a late step is right, how many buckets were open)."""
+    module = Containers()
+    attached = module if whole else module.several
+    policy = ShardPolicy(1e-6, overlap_gather=True)
+    optimizer = ShardedAdadelta(attached.parameters(), policy=policy)
+    optimizer.attach(attached)
+    module().backward()
+    start = optimizer._gathers.start
+
+    def start_late(bucket):
+        time.sleep(0.1 * rank)
+        start(bucket)
+
+    optimizer._gathers.start = start_late
+    optimizer.step()
+    left_open = len(optimizer._gathers._pending)
+    early = module().item()
+    optimizer.wait()
+    return early == module().item(), left_open
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_containers_without_a_forward_are_waited_for_by_their_parents_or_by_step(pool, whole):
+    assert pool(2).run(of_containers, whole) == [(True, 4 if whole else 0)] * 2
+
+
+def backward_again(rank, policy):
+    """Through a graph from before the step, whose parameters are no longer what they were."""
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=policy)
+    optimizer.attach(module)
+    loss = loss_of(module, batch(rank, 0))
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    optimizer.wait()
+
+
+@pytest.mark.parametrize("policy", [ShardPolicy(1e-4), POLICIES[0]], ids=["at once", "overlap"])
+def test_a_graph_from_before_the_step_is_stale_as_in_torch(pool, policy):
+    pool(2).run(backward_again, policy)
+
+
+def compiled(rank):
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=POLICIES[0])
+    optimizer.attach(module)
+    fast = torch.compile(module, backend="eager")
+    with warnings.catch_warnings():  # torch.compile looks at .grad of what is no leaf
+        warnings.simplefilter("ignore")
+        for step in range(2):
+            optimizer.zero_grad()
+            loss_of(fast, batch(rank, 10 * step)).backward()
+            optimizer.step()
+    optimizer.wait()
+    return values(module)
+
+
+def test_a_compiled_model_waits_as_well(pool):
+    for got in pool(2).run(compiled):
+        assert_close(got, reference(2, 2))

@@ -11,7 +11,7 @@ from test_gradients import STAGE_2, assert_close, batch, loss_of, model, values
 from torch import nn
 from torch.optim import Adadelta
 
-from adadelta_dist import FlatSlice, RankError, ShardedAdadelta, ShardPolicy
+from adadelta_dist import FlatSlice, RankError, ShardedAdadelta, ShardPolicy, reduction
 
 
 def new(**options):
@@ -294,3 +294,24 @@ def two_optimizers(rank, stage):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gradients_are_the_latest_optimizers(pool, world_size, stage):
     assert all(moved > 0 for moved in pool(world_size).run(two_optimizers, stage))
+
+
+def failing_once(rank):
+    """Two micro-batches, of which the first cannot be averaged."""
+    module, optimizer = new()
+    averages = reduction._average_in_pieces
+
+    def fail(*args, **kwargs):
+        monkeypatch.setattr(reduction, "_average_in_pieces", averages)
+        raise MemoryError("no room for a piece")
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(reduction, "_average_in_pieces", fail)
+        for step in range(2):
+            loss_of(module, batch(rank, step)).backward()
+        with pytest.raises(MemoryError, match="no room for a piece"):
+            optimizer.step()
+
+
+def test_what_fails_in_the_thread_is_raised_though_a_later_reduction_succeeds(pool):
+    pool(2).run(failing_once)

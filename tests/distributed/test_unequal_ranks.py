@@ -173,11 +173,82 @@ def more_after_clipping(rank, policy, then):
         optimizer.step() if then == "step" else optimizer.clip_grad_norm_(1.0)
 
 
-@pytest.mark.parametrize("then", ["step", "clip"])
 @pytest.mark.parametrize(
-    "policy",
-    [ShardPolicy(), ShardPolicy(overlap=False), ShardPolicy(stage=2)],
-    ids=["overlap", "no overlap", "stage 2"],
+    ("policy", "then"),
+    [
+        (ShardPolicy(), "step"),
+        (ShardPolicy(), "clip"),
+        (ShardPolicy(overlap=False), "step"),
+        (ShardPolicy(overlap=False), "clip"),
+        (ShardPolicy(stage=2), "step"),
+    ],
 )
 def test_gradients_are_clipped_when_all_are_there(pool, policy, then):
     pool(2).run(more_after_clipping, policy, then)
+
+
+def clipped_and_skipped(rank, policy, then):
+    """A step skipped after a clip; then part of the model has gradients."""
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=policy)
+    loss_of(module, batch(rank, 0)).backward()
+    optimizer.clip_grad_norm_(1.0)
+    module.zero_grad()
+    sum(p.sum() for p in module[-1].parameters()).backward()
+    if then == "clip":
+        optimizer.clip_grad_norm_(1e9)
+    before = [p.clone() for p in module.parameters()]
+    with warnings.catch_warnings():
+        if policy.gradients == "local":
+            warnings.simplefilter("ignore")  # that those of other layers were sent before
+        optimizer.step()
+    return [torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True)]
+
+
+@pytest.mark.parametrize("then", ["step", "clip"])
+@pytest.mark.parametrize("gradients", ["local", "averaged"])
+def test_a_clip_whose_step_was_skipped_is_forgotten(pool, gradients, then):
+    policy = ShardPolicy(bucket_mb=1e-4, gradients=gradients)
+    for unchanged in pool(2).run(clipped_and_skipped, policy, then):
+        assert unchanged[-2:] == [False, False]
+        assert all(unchanged[:-2])
+
+
+def after_a_nan(rank):
+    """Norms of ones, after a clip to a norm that was NaN; the bucket has padding."""
+    module = nn.Linear(3, 3)
+    policy = ShardPolicy(gradients="averaged", skip_nonfinite=True)
+    optimizer = ShardedAdadelta(module.parameters(), policy=policy)
+    norms = []
+    for value in (float("nan"), 1.0):
+        optimizer.zero_grad()
+        for p in module.parameters():
+            p.grad = torch.full_like(p, value)
+        norms.append(optimizer.clip_grad_norm_(1.0).item())
+        optimizer.step()
+    return norms[1], optimizer.skipped_steps
+
+
+def test_a_norm_that_is_not_finite_spoils_no_later_one(pool):
+    assert pool(2).run(after_a_nan) == [(pytest.approx(12**0.5), 1)] * 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"policy": ShardPolicy(gradients="averaged")}, {"differentiable": True}]
+)
+def test_an_optimizer_before_this_one_takes_no_gradients(options):
+    p = nn.Parameter(torch.ones(4))
+    before = ShardedAdadelta([p], policy=ShardPolicy(stage=2))
+    ShardedAdadelta([p], **options)
+    p.sum().backward()
+    assert p.grad.tolist() == [1.0] * 4
+    assert before.param_groups[0]["params"] == [p]
+
+
+def test_gradients_are_completed_by_one_node():
+    """Made when the optimizer is, not in a forward on some other stream of a device."""
+    p = nn.Parameter(torch.ones(4))
+    optimizer = ShardedAdadelta([p])
+    (p * 1).grad_fn.next_functions[0][0].metadata["seen"] = True
+    assert (p * 2).grad_fn.next_functions[0][0].metadata == {"seen": True}
+    del optimizer

@@ -284,14 +284,29 @@ def test_the_monitor_leaves_out_what_was_no_number_before():
     param = torch.nn.Parameter(torch.tensor([1.0, math.nan, math.inf]))
     optimizer, monitor = torch.optim.Adadelta([param]), AdadeltaMonitor(every_n_steps=1)
     monitor._rows, monitor._row_of = {"group_0": 0}, {id(optimizer.param_groups[0]): 0}
-    monitor._sums = torch.zeros(1, 3, dtype=torch.float64)
-    param.grad = torch.tensor([2.0, 0.0, 0.0])
-    monitor._before_step(optimizer)
-    optimizer.step()
-    monitor._after_step(optimizer)
-    squared_gradients, squared_updates, numel = monitor._sums[0].tolist()
+    for gradient in (5.0, 2.0):  # of two steps in a batch the last one counts
+        before = param[0].item()
+        param.grad = torch.tensor([gradient, 0.0, 0.0])
+        monitor._before_step(optimizer)
+        optimizer.step()
+        monitor._after_step(optimizer)
+    ((squared_gradients, squared_updates, numel),) = monitor._sums[optimizer].tolist()
     assert (squared_gradients, numel) == (4.0, 3.0)
-    assert squared_updates == pytest.approx((param[0].item() - 1.0) ** 2)
+    assert squared_updates == pytest.approx((param[0].item() - before) ** 2)
+
+
+def test_the_monitor_begins_anew_after_an_exception():
+    """Of which Lightning tells no callback: hooks and rows of the run before are still there."""
+    from adadelta_dist.strategies.callbacks import AdadeltaMonitor
+
+    optimizers = [torch.optim.Adadelta([torch.nn.Parameter(torch.ones(1))]) for _ in range(2)]
+    monitor = AdadeltaMonitor(every_n_steps=1)
+    for optimizer in optimizers:
+        monitor.on_train_start(SimpleNamespace(optimizers=[optimizer]), None)
+        monitor._rows, monitor._attempted = {"group_0": 0}, True
+    monitor.on_train_start(SimpleNamespace(optimizers=[optimizer]), None)
+    assert (monitor._rows, monitor._attempted, len(monitor._handles)) == (None, False, 2)
+    assert not optimizers[0]._optimizer_step_pre_hooks
 
 
 def test_the_monitor_refuses_gradients_that_are_gone(pool):

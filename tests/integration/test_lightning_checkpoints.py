@@ -164,3 +164,17 @@ def test_masters_are_made_where_there_are_none_and_never_dropped(pool, tmp_path,
     pool(2).run(run, 2, Job(resume=saved["32-true"], trainer={"precision": "bf16-true"}))
     with pytest.raises(RankFailure, match="would be dropped"):
         pool(2).run(run, 2, Job(resume=saved["bf16-true"], trainer={"precision": "32-true"}))
+
+
+def test_a_link_to_a_folder_is_removed_and_the_folder_stays(tmp_path):
+    from adadelta_dist.strategies import sharded_checkpoint
+
+    folder, link = tmp_path / "step=1.ckpt", tmp_path / "last.ckpt"
+    folder.mkdir()
+    (folder / sharded_checkpoint._META).touch()
+    link.symlink_to(folder)
+    sharded_checkpoint.remove(link)
+    assert not link.is_symlink()
+    assert folder.exists()
+    sharded_checkpoint.remove(folder)
+    assert not folder.exists()

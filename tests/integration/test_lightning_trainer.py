@@ -1,11 +1,28 @@
 """What else a Trainer does with the strategy: loops, precisions, buffers, launchers, errors."""
 
+import tempfile
+import time
+import warnings
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import LayerSync
-from lightning_jobs import Job, fail, run, run_alone, run_script
+from lightning_jobs import (
+    REMARKS,
+    Job,
+    become_rank,
+    counted,
+    fail,
+    loader,
+    make_module,
+    make_trainer,
+    run,
+    run_alone,
+    run_script,
+)
 from torch import nn
 
 
@@ -29,6 +46,40 @@ def test_ranks_have_one_model_afterwards(pool):
     for name, value in zero["state"].items():
         np.testing.assert_array_equal(value, one["state"][name], err_msg=name)
     assert zero["state"]["seen"] == 16, "rank 0's count, a step at a time"
+
+
+def averaged(rank):
+    callback = EMAWeightAveraging(decay=0.5)
+    return run(rank, 2, Job(module="normalised", trainer={"callbacks": [callback]}))["state"]
+
+
+def test_averaged_buffers_are_rank_0s(pool):
+    """The callback swaps others in when validation has begun, and leaves them in the end."""
+    zero, one = pool(2).run(averaged)
+    for name, value in zero.items():
+        np.testing.assert_array_equal(value, one[name], err_msg=name)
+
+
+def backward_afterwards(rank, strategy):
+    """What a backward on rank 0 alone sends, and leaves in `grad`, when fit is over."""
+    become_rank(rank, 2)
+    job = Job(strategy=strategy)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        for remark in REMARKS:
+            warnings.filterwarnings("ignore", message=remark)
+        module, trainer = make_module(job, 2), make_trainer(job, 2, folder, max_epochs=1)
+        trainer.fit(module, loader(2), loader(2))
+    module.zero_grad()
+    with counted() as sent:
+        if rank == 0:
+            module.loss(next(iter(loader(2)))).backward()
+        time.sleep(0.2)  # for a thread that might send
+    return sent, module.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("strategy", ["sharded_adadelta", "sharded_adadelta_zero2"])
+def test_a_backward_after_fit_is_this_ranks_own(pool, strategy):
+    assert pool(2).run(backward_afterwards, strategy) == [([], True), ([], False)]
 
 
 def test_buffers_stay_apart_if_asked(pool):

@@ -38,6 +38,10 @@ def broken():
     raise KeyError("mine")
 number = int
 empty = torch.nn.Identity
+def nothing():
+    return torch.nn.ParameterList([torch.zeros(0)])
+def lazy():
+    return torch.nn.LazyLinear(3)
 """
 
 
@@ -181,7 +185,10 @@ def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch
 def test_errors_are_one_line_and_1(here):
     cases = {
         ("absent",): "No such file or directory: 'absent'",
-        ("0",): "a model of 0 parameters: wanted at least 1",
+        ("0",): "a model of 0 parameters: wanted 1 to 1000000000000000",
+        ("99999999T",): "parameters: wanted 1 to 1000000000000000",
+        ("planned:lazy",): "weight is lazy, and has no shape yet: give it in_features",
+        ("planned:nothing",): "planned:nothing has no parameters to train",
         (".",): ". is not a checkpoint: it has no .metadata",
         ("nowhere:f",): "nowhere:f raised ModuleNotFoundError: No module named 'nowhere'",
         ("planned:net2",): "planned:net2 raised AttributeError: module 'planned' has no attribute",

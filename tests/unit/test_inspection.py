@@ -164,3 +164,9 @@ def test_what_is_no_checkpoint_is_an_error(tmp_path):
         describe(tmp_path)
     with pytest.raises(FileNotFoundError):
         describe(tmp_path / "absent")
+
+
+def test_a_folder_of_deepspeed_is_named_as_such(tmp_path):
+    (tmp_path / "latest").write_text("global_step1")
+    with pytest.raises(ValueError, match="a checkpoint of DeepSpeed: use `adadelta-dist convert`"):
+        describe(tmp_path)

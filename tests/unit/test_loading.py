@@ -326,6 +326,41 @@ def test_what_a_model_calls_like_an_optimizers_state_is_the_models(tmp_path):
     assert module.extra == module.get_extra_state()
 
 
+class Grouped(nn.Module):
+    """Its parameters' names begin as an optimizer's state dict does."""
+
+    def __init__(self):
+        super().__init__()
+        self.param_groups = nn.ModuleList([nn.Linear(2, 2)])
+        self.state = nn.Linear(2, 1)
+
+
+def test_parameters_may_have_names_of_a_state_dict(tmp_path):
+    module = Grouped()
+    optimizer = Adadelta(module.parameters())
+    module.state(module.param_groups[0](torch.ones(2))).backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    twin = Grouped()
+    other = Adadelta(twin.parameters())
+    assert load_checkpoint(tmp_path / "a", twin, other).skipped == ()
+    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(optimizer.state[p]["acc_delta"], other.state[q]["acc_delta"])
+
+
+def test_an_expanded_buffer_is_refused_before_anything_changes(tmp_path):
+    module = nn.Linear(2, 2)
+    module.register_buffer("mask", torch.ones(1).expand(5))
+    optimizer = Adadelta(module.parameters())
+    save_checkpoint(tmp_path / "a", module, optimizer)
+    before = module.weight.detach().clone().add_(1)
+    module.weight.data.add_(1)
+    with pytest.raises(CheckpointError, match="mask is expanded here, so that its elements share"):
+        load_checkpoint(tmp_path / "a", module, optimizer)
+    assert torch.equal(module.weight, before)
+
+
 def test_options_of_groups_come_back_as_they_were(tmp_path):
     module, options = nn.Linear(2, 2), {"schedule": {"kind": "cos", "at": {"first": 10}}}
     group = {"params": list(module.parameters())}

@@ -48,3 +48,13 @@ def test_what_it_means_nothing_for(dtype, options, words):
     params = [torch.zeros(1), torch.zeros(1, dtype=dtype)]
     with pytest.raises(ValueError, match=words):
         check_precision(ShardPolicy(**options), params)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch has no grad_dtype")
+def test_gradients_of_another_dtype_than_their_parameter_are_refused():
+    p = torch.nn.Parameter(torch.ones(2, dtype=B16))
+    p.grad_dtype = F32
+    with pytest.raises(TypeError, match=r"bfloat16 has grad_dtype=torch.float32.*Leave grad_dtype"):
+        check_precision(ShardPolicy(), [p])
+    p.requires_grad_(False)
+    check_precision(ShardPolicy(), [p])

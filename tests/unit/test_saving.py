@@ -74,6 +74,16 @@ def test_what_could_not_be_read_again_is_not_saved(tmp_path, save, extra, note, 
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_quantized_buffer_is_refused(tmp_path):
+    module, optimizer = noted(1)
+    quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    module.register_buffer("quantized", quantized)
+    with pytest.raises(TypeError, match=r"model\.quantized cannot be saved: it is quantized"):
+        save_checkpoint(tmp_path / "a", module, optimizer)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_learning_rate_of_numpy_is_a_number(tmp_path):
     module, optimizer = noted(1)
     optimizer.param_groups[0]["lr"] = np.float64(0.3)
