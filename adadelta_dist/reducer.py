@@ -52,10 +52,9 @@ class GradientReducer:
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def extend(self, buckets: Sequence[FlatBucket]) -> None:
-        for b, bucket in enumerate(buckets, len(self.buckets)):
+        for bucket in buckets:
             release(bucket.params)
-            if bucket.is_hooked:
-                self._unhooked.extend((b, i, p) for i, p in enumerate(bucket.params))
+        self._unhooked += _slots_to_hook(buckets, len(self.buckets))
         self.buckets.extend(buckets)
         in_order = {b.reduction.in_thread: b.reduction.in_order for b in reversed(self.buckets)}
         for bucket in buckets:  # one thread: what arrives first is freed first
@@ -64,8 +63,11 @@ class GradientReducer:
         self._hook_params()
 
     def unhook(self) -> None:
-        """Leave backwards alone; what they put into `p.grad` is reduced at a step."""
+        """Leave backwards alone until the next step, which reduces what they put into `p.grad`."""
         _remove(self._handles)
+        self._handles.clear()
+        self._accumulators.clear()
+        self._unhooked = _slots_to_hook(self.buckets)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -235,6 +237,15 @@ class GradientReducer:
                 self._handles.append(_hooks[p])
             else:
                 self._unhooked.append((b, i, p))
+
+
+def _slots_to_hook(buckets: Sequence[FlatBucket], first: int = 0) -> list[tuple[int, int, Tensor]]:
+    return [
+        (b, i, p)
+        for b, bucket in enumerate(buckets, first)
+        if bucket.is_hooked
+        for i, p in enumerate(bucket.params)
+    ]
 
 
 def release(params: Iterable[Tensor]) -> None:

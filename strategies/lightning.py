@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
-from adadelta_dist import ShardPolicy, groups
+from adadelta_dist import ShardedAdadelta, ShardPolicy, groups
 from adadelta_dist.agreement import agreement
 
 from . import clipping, conversion, sharded_checkpoint
@@ -87,7 +87,7 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         )
         self._policy, self._checkpoint = policy, checkpoint
         self._buffers = BufferBroadcast(broadcast_buffers)
-        self._blocked = False
+        self._blocked = self._validation_begins = False
         self._meeting = MeetingOnException(-1)
 
     def setup_distributed(self) -> None:
@@ -134,10 +134,16 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         self._buffers.before_forward_(self.model, synced=not self._blocked)
         return super().training_step(*args, **kwargs)
 
+    def on_validation_start(self) -> None:
+        """Note it: callbacks may yet swap other buffers in."""
+        self._validation_begins = True
+
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The validation step, with rank 0's buffers, as DistributedDataParallel has it."""
+        """The validation step, from the first on with rank 0's buffers."""
         assert self.model is not None
-        self._buffers.before_validation_(self.model)
+        if self._validation_begins:  # ranks need not have equally many steps
+            self._buffers.before_validation_(self.model)
+            self._validation_begins = False
         return super().validation_step(*args, **kwargs)
 
     @contextmanager
@@ -225,8 +231,9 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
 
     def teardown(self) -> None:
         """Leave the precision plugin, the Trainer's callbacks and later backwards alone."""
-        for optimizer in self.optimizers:
-            _bare(optimizer)._reducer.unhook()
+        for optimizer in map(_bare, self.optimizers):
+            if isinstance(optimizer, ShardedAdadelta):  # else `setup_optimizers` has failed
+                optimizer._reducer.unhook()
         vars(self.precision_plugin).pop("clip_gradients", None)
         if self.lightning_module is not None and self.lightning_module._trainer is not None:
             self._meeting.leave(self.lightning_module.trainer)

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from test_gradients import batch, loss_of, model
+from test_gradients import assert_close, batch, loss_of, model, reference, values
 from torch import nn
 
 from adadelta_dist import (
@@ -243,6 +243,31 @@ def test_an_optimizer_before_this_one_takes_no_gradients(options):
     p.sum().backward()
     assert p.grad.tolist() == [1.0] * 4
     assert before.param_groups[0]["params"] == [p]
+
+
+def unhooked(rank, policy):
+    """What is sent before a step while hooks are off, and afterwards; and the values."""
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=policy)
+    optimizer._reducer.unhook()
+    launched = []
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(module, batch(rank, 10 * step)).backward()
+        launched.append(
+            bool(optimizer._reducer._rounds if policy.stage == 2 else optimizer._reducer._next)
+        )
+        optimizer.step()
+    return launched, values(module)
+
+
+@pytest.mark.parametrize(
+    "policy", [ShardPolicy(), ShardPolicy(stage=2)], ids=["stage 1", "stage 2"]
+)
+def test_hooks_that_were_taken_off_come_back_with_a_step(pool, policy):
+    for launched, got in pool(2).run(unhooked, policy):
+        assert launched == [False, True]
+        assert_close(got, reference(2, 2))
 
 
 def test_gradients_are_completed_by_one_node():
