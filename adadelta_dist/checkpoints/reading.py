@@ -9,6 +9,7 @@ from io import BytesIO
 from math import prod
 from os import PathLike
 from typing import IO, Any
+from zipfile import is_zipfile
 
 import torch
 from torch.distributed import ProcessGroup
@@ -155,6 +156,8 @@ def load_plain(
         if code:
             raise ValueError(f"{what} holds a pickle with code in it: {', '.join(code)}") from None
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if mmap and not is_zipfile(source):  # torch's own words are on mmap, an argument of ours
+            reason = "it is no zip file, as torch has saved since 1.6. Load it, and save it again"
         raise ValueError(f"{what} is damaged, or no file of torch.save: {reason}") from error
 
 

@@ -170,3 +170,11 @@ def test_a_folder_of_deepspeed_is_named_as_such(tmp_path):
     (tmp_path / "latest").write_text("global_step1")
     with pytest.raises(ValueError, match="a checkpoint of DeepSpeed: use `adadelta-dist convert`"):
         describe(tmp_path)
+
+
+def test_a_file_of_torchs_old_form_is_told_from_a_damaged_one(tmp_path):
+    torch.save({"model": {}}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    found = describe(tmp_path / "old.pt").problems
+    assert all("zip file" in problem for problem in found)
+    assert any("Load it, and save it again" in problem for problem in found)
+    assert not any("mmap" in problem for problem in found)
