@@ -188,9 +188,17 @@ class FlatBucket:
         return self._had_gradients
 
     def is_launched(self, i: int) -> bool:
-        """Whether there is a gradient of slot `i`, the tensor that was launched, edited or not."""
+        """Whether the gradient of slot `i` is what was launched, edited or added to or not."""
         grad = self.params[i].grad
-        return grad is not None and bool(self._seen) and grad is self._seen[i]
+        if grad is None or not self._seen:
+            return False
+        return grad is self._seen[i] or grad.requires_grad  # to that is added out of place
+
+    def has_launched(self) -> bool:
+        """Whether gradients are left of those that were launched, edited or replaced or not."""
+        if self.is_hooked and not self.accumulating:  # no backward has put others there since
+            return self.launched and any(p.grad is not None for p in self.params)
+        return any(map(self.is_launched, range(len(self.params))))
 
     def expect(self) -> None:
         """Count the gradients that this backward can make (parameters may freeze and thaw)."""

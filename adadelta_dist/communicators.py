@@ -64,7 +64,9 @@ def _new_group(group: Group, backend: str) -> dist.ProcessGroup:
     ranks = dist.get_process_group_ranks(group.process_group)
     # torch 2.8, which has no such argument, has no groups in another order either.
     order: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
-    with _numbered(most(group, _next_number())), _by_its_members_alone():
+    _numbers[0] = most(group, _numbers[0]) + 1
+    name = f"adadelta_dist/{_numbers[0]}/{'-'.join(map(str, ranks))}"
+    with _named(name), _by_its_members_alone():
         own: dist.ProcessGroup = dist.new_group(
             ranks,
             timeout=_timeout(group),
@@ -75,27 +77,20 @@ def _new_group(group: Group, backend: str) -> dist.ProcessGroup:
     return own
 
 
-def _next_number() -> int:
-    return max(len(distributed_c10d._world.pg_names), _numbers[0] + 1)
-
-
 @contextmanager
-def _numbered(number: int) -> Iterator[None]:
-    """Have torch take `number` for how many groups there are.
+def _named(name: str) -> Iterator[None]:
+    """Have torch give the next group this name.
 
-    It names a group that its members alone make by its ranks and by how many groups the process
+    It would name one that its members alone make by its ranks and by how many groups the process
     is in. Ranks in other groups besides would never meet; and once a group is destroyed, the
     name of an older one would come again.
     """
-    _numbers[0] = number
-    names: dict[Any, Any] = distributed_c10d._world.pg_names
-    missing = [object() for _ in range(number - len(names))]
-    names.update((stand_in, f"adadelta_dist-{id(stand_in)}") for stand_in in missing)
+    before = distributed_c10d._process_group_name
+    distributed_c10d._process_group_name = lambda *_, **__: distributed_c10d.GroupName(name)
     try:
         yield
     finally:
-        for stand_in in missing:
-            del names[stand_in]
+        distributed_c10d._process_group_name = before
 
 
 @contextmanager

@@ -66,9 +66,10 @@ class ShardedGradients(Joining):
             params = [p for g in self.param_groups for p in g["params"]]
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         self._check_sharded("clip_grad_norm_", "an average and a norm that gradients flow through")
-        self._reducer.clip_anew()
+        self._reducer.begin_clip()
         self._reduce(f"clip_grad_norm_({max_norm}, {norm_type}, {error_if_nonfinite})", error)
-        self._reducer.clipped = True
+        if max_norm < float("inf"):
+            self._reducer.end_clip()
         buckets = [shard.bucket for shard in self._shards]
         for bucket in buckets:
             bucket.wait()

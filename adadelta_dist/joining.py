@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from . import collectives
@@ -71,9 +72,14 @@ class Joining(StateDicts, Joinable):
     def _hyperparameters(self) -> list[dict[str, Any]]:
         return [{name: g[name] for name in HYPERPARAMETERS} for g in self.param_groups]
 
+    @torch.no_grad()
     def _adopt(self, hyperparameters: list[dict[str, Any]]) -> None:
         for mine, theirs in zip(self.param_groups, hyperparameters, strict=True):
-            mine.update(theirs)
+            for name, value in theirs.items():
+                if isinstance(mine[name], Tensor) and isinstance(value, Tensor):
+                    mine[name].copy_(value)  # which a captured step, or the user, may hold
+                else:
+                    mine[name] = value
 
     def _follow(self) -> None:
         """One iteration of the ranks that go on. Collective."""

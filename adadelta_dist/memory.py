@@ -114,16 +114,16 @@ def check_memory(params: Iterable[Tensor]) -> None:
 def checksum(flat: Tensor) -> Tensor:
     """What an edit changes: sums of the memory's 8-byte words, modulo 2**64, a row of them each.
 
-    In the sum of all words a change of sign goes unseen where as many values are positive as
-    negative. In each of 32 rows there will not be. In float64 halves and negatives change each
-    word by 2**52 or 2**63, perhaps a row by a multiple of 2**64: there the sum of the values
-    counts as well.
+    In one sum of all words a change of every sign goes unseen where as many values are positive
+    as negative, which in a row of an odd number of words they cannot be. In float64 halves and
+    negatives change words by 2**52 or 2**63, of which zeros may make a multiple of 2**64: there
+    the sum of the values counts as well.
 
     Args:
         flat: [numel], a multiple of 8 bytes.
     """
     words = flat.view(torch.int64)
-    length = max(1, len(words) // _CHECKSUM_ROWS)
+    length = max(1, len(words) // _CHECKSUM_ROWS) | 1
     whole = len(words) // length * length
     sums = [words[:whole].view(-1, length).sum(dim=1), words[whole:].sum().view(1)]
     if flat.dtype == torch.float64:

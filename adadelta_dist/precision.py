@@ -1,6 +1,6 @@
 """In which dtype everything of a bucket is kept, travels and is computed."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ def precision_of(policy: ShardPolicy, dtype: torch.dtype) -> Precision:
     )
 
 
-def check_precision(policy: ShardPolicy, params: Iterable[Tensor]) -> None:
+def check_precision(policy: ShardPolicy, params: Sequence[Tensor]) -> None:
     """Refuse parameters for which the policy means nothing, as `precision_of`.
 
     Raises:

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,6 @@ class GradientReducer:
         self._lock = threading.Lock()
         self._unhooked: list[tuple[int, int, Tensor]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._accumulators: list[Any] = []
         self.clipped = self._adds_to_clipped = False
         self._edited = self._warned = False
         weakref.finalize(self, _remove, self._handles).atexit = False
@@ -64,9 +62,9 @@ class GradientReducer:
 
     def unhook(self) -> None:
         """Leave backwards alone until the next step, which reduces what they put into `p.grad`."""
-        _remove(self._handles)
+        ours = set(map(id, self._handles))
+        release(p for p, handle in list(_hooks.items()) if id(handle) in ours)
         self._handles.clear()
-        self._accumulators.clear()
         self._unhooked = _slots_to_hook(self.buckets)
 
     @contextmanager
@@ -124,9 +122,12 @@ class GradientReducer:
             if not bucket.launched:
                 bucket.launch(in_backward=True)
 
-    def clip_anew(self) -> None:
+    def begin_clip(self) -> None:
         """A clip replaces one whose step was skipped, unless gradients were added to that."""
         self.clipped = self._adds_to_clipped
+
+    def end_clip(self) -> None:
+        self.clipped, self._adds_to_clipped = True, False
 
     def discard(self) -> None:
         """Gradients are zeroed: forget what was done with them."""
@@ -143,8 +144,7 @@ class GradientReducer:
 
     def _is_clipped(self) -> bool:
         """Whether anything is left of what was clipped; the step may have been skipped since."""
-        slots = ((bucket, i) for bucket in self.buckets for i in range(len(bucket.params)))
-        return self.clipped and any(bucket.is_launched(i) for bucket, i in slots)
+        return self.clipped and any(bucket.has_launched() for bucket in self.buckets)
 
     def _clipped_too_early(self) -> RankError:
         return RankError(
@@ -208,9 +208,10 @@ class GradientReducer:
         Under capture a reduction belongs to the step, which may not be captured with it.
         """
         bucket = self.buckets[b]
-        self._adds_to_clipped |= self.clipped and bucket.is_launched(i)
+        adds_to_clipped = self.clipped and bucket.is_launched(i)
         taken = bucket.take(i)
         with self._lock:  # backward has a thread for each device
+            self._adds_to_clipped |= adds_to_clipped
             if bucket.launched:
                 bucket.accumulating = True  # a second backward: `reduce()` sends it again
             elif taken and self._sync and self.overlap and not is_capturing():
@@ -231,8 +232,9 @@ class GradientReducer:
         """Hook parameters that require gradients by now (some may have been frozen)."""
         me, unhooked, self._unhooked = weakref.ref(self), self._unhooked, []
         for b, i, p in unhooked:
+            if p in _hooks:  # of an optimizer after this one
+                continue
             if p.requires_grad and p.is_leaf:
-                self._accumulators.append(_accumulator(p))
                 _hooks[p] = p.register_post_accumulate_grad_hook(_gradient_hook(me, b, i))
                 self._handles.append(_hooks[p])
             else:
@@ -254,18 +256,6 @@ def release(params: Iterable[Tensor]) -> None:
         hook = _hooks.pop(p, None)
         if hook is not None:
             hook.remove()
-
-
-def _accumulator(p: Tensor) -> Any:
-    """The node that completes a gradient, for as long as it is kept on the stream of now.
-
-    torch would make it anew in each forward, on the stream of that layer; hooks on one stream
-    after those on another would have a reduction read what is not there yet.
-    """
-    with torch.enable_grad():
-        node = p.expand_as(p).grad_fn
-    assert node is not None
-    return node.next_functions[0][0]
 
 
 def _gradient_hook(

@@ -81,6 +81,7 @@ class Reduction:
 
     def empty(self, shard: Tensor) -> None:
         """Make the shard zero, when what is on its way has arrived."""
+        self._submitted = [done for done in self._submitted if not done.done()]
         self._submitted.append(self.in_order.submit(shard.zero_))  # type: ignore[arg-type]
 
     def is_done(self, within_s: float) -> bool:

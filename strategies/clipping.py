@@ -31,9 +31,9 @@ def clip_grad_value_(optimizer: Optimizer, clip_value: float, *, scaled: bool = 
             torch.nn.utils.clip_grad_value_(parameters(optimizer), clip_value)
         return
     reducer = optimizer._reducer
-    reducer.clipped = False  # an earlier clip, whose step was skipped
+    reducer.begin_clip()
     optimizer._reduce(f"clip_grad_value_({clip_value})", None)
-    reducer.clipped = True
+    reducer.end_clip()
     for bucket in reducer.buckets:
         bucket.wait()
         if not (skips and is_nonfinite([bucket.grad_shard])):

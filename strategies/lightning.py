@@ -87,8 +87,9 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         )
         self._policy, self._checkpoint = policy, checkpoint
         self._buffers = BufferBroadcast(broadcast_buffers)
-        self._blocked = self._validation_begins = False
+        self._blocked = False
         self._meeting = MeetingOnException(-1)
+        self._validation = _BuffersBeforeValidation()
 
     def setup_distributed(self) -> None:
         """Initialise the process group."""
@@ -101,6 +102,7 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         self._meeting.leave(trainer)  # if an exception has kept `teardown` from being called
         self._meeting = MeetingOnException(self.broadcast(next(_meetings)))
         self._meeting.join(trainer)
+        self._validation.join(trainer)
 
     def configure_ddp(self) -> None:
         """Nothing: the optimizers average the gradients."""
@@ -133,18 +135,6 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         assert self.model is not None
         self._buffers.before_forward_(self.model, synced=not self._blocked)
         return super().training_step(*args, **kwargs)
-
-    def on_validation_start(self) -> None:
-        """Note it: callbacks may yet swap other buffers in."""
-        self._validation_begins = True
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The validation step, from the first on with rank 0's buffers."""
-        assert self.model is not None
-        if self._validation_begins:  # ranks need not have equally many steps
-            self._buffers.before_validation_(self.model)
-            self._validation_begins = False
-        return super().validation_step(*args, **kwargs)
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
@@ -237,6 +227,7 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
         vars(self.precision_plugin).pop("clip_gradients", None)
         if self.lightning_module is not None and self.lightning_module._trainer is not None:
             self._meeting.leave(self.lightning_module.trainer)
+            self._validation.leave(self.lightning_module.trainer)
         super().teardown()
 
     @classmethod
@@ -269,6 +260,28 @@ class ShardedAdadeltaStrategy(pl.strategies.DDPStrategy):
 
     def _stages(self) -> set[int]:
         return {getattr(_bare(o), "_policy", self._policy).stage for o in self.optimizers}
+
+
+class _BuffersBeforeValidation(pl.callbacks.Callback):
+    """Has every rank validate with rank 0's buffers, as DistributedDataParallel would.
+
+    The last of the callbacks: others swap buffers in when validation begins.
+    """
+
+    def on_validation_epoch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule"
+    ) -> None:
+        """Collective: ranks need not have equally many batches, or any."""
+        strategy: Any = trainer.strategy
+        strategy._buffers.before_validation_(strategy.model)
+
+    def join(self, trainer: "pl.Trainer") -> None:
+        self.leave(trainer)  # if an exception has kept `teardown` from being called
+        trainer.callbacks.append(self)  # type: ignore[attr-defined]
+
+    def leave(self, trainer: "pl.Trainer") -> None:
+        if self in trainer.callbacks:  # type: ignore[attr-defined]
+            trainer.callbacks.remove(self)  # type: ignore[attr-defined]
 
 
 def _bare(optimizer: Optimizer) -> Any:

@@ -116,7 +116,7 @@ class AdadeltaMonitor(pl.callbacks.Callback):
     def _reset(self) -> None:
         while self._handles:
             self._handles.pop().remove()
-        self._rows, self._attempted = None, False
+        self._rows, self._attempted, self._partitioned = None, False, False
         self._before, self._sums, self._skips = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -219,7 +219,9 @@ def _difference(saved: Any, value: Any) -> str | None:
         return None
     if tuple(saved.size) != tuple(value.shape):
         return f"has shape {tuple(saved.size)} in the checkpoint, {tuple(value.shape)} here"
-    if any(n > 1 and step == 0 for n, step in zip(value.shape, value.stride(), strict=True)):
+    if value.layout == torch.strided and any(
+        n > 1 and step == 0 for n, step in zip(value.shape, value.stride(), strict=True)
+    ):
         return "is expanded here, so that its elements share memory and cannot be loaded"
     if saved.properties.dtype.is_complex != value.is_complex():
         kinds = ("real", "complex") if value.is_complex() else ("complex", "real")

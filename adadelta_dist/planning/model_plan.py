@@ -14,8 +14,8 @@ from ..checkpoints.content import Content
 
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.)")
 _NUMEL_PER_CUBED_DEPTH = 12 * 128**2
-_MOST = 10**15
 """A decoder of L blocks of 12 d x d elements, where d is about 128 L."""
+_MOST = 10**15
 
 
 @dataclass(frozen=True)

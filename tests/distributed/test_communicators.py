@@ -9,6 +9,22 @@ import torch.distributed as dist
 
 from adadelta_dist import ShardedAdadelta, communicators, groups
 
+
+@pytest.fixture(autouse=True)
+def no_groups_are_left(pool):
+    """Ranks are used again by other tests."""
+    yield
+    for world_size in (2, 3):
+        pool(world_size).run(destroy_all_but_the_default_group)
+
+
+def destroy_all_but_the_default_group(rank):
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    communicators._backgrounds.clear()
+
+
 SHORT = timedelta(seconds=20)  # what does not meet by then never will
 
 

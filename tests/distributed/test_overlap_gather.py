@@ -319,6 +319,13 @@ def compiled(rank):
     optimizer = ShardedAdadelta(module.parameters(), policy=POLICIES[0])
     optimizer.attach(module)
     fast = torch.compile(module, backend="eager")
+    start = optimizer._gathers.start
+
+    def start_late(bucket):
+        time.sleep(0.05 * rank)
+        start(bucket)
+
+    optimizer._gathers.start = start_late
     with warnings.catch_warnings():  # torch.compile looks at .grad of what is no leaf
         warnings.simplefilter("ignore")
         for step in range(2):

@@ -270,10 +270,77 @@ def test_hooks_that_were_taken_off_come_back_with_a_step(pool, policy):
         assert_close(got, reference(2, 2))
 
 
-def test_gradients_are_completed_by_one_node():
-    """Made when the optimizer is, not in a forward on some other stream of a device."""
+REPLACED = {
+    "replaced": lambda p: setattr(p, "grad", p.grad * 2),
+    "in place": lambda p: p.grad.mul_(2),
+    "with a graph": lambda p: (p**2).sum().backward(create_graph=True),
+}
+
+
+def changed_after_a_clip(rank, how, overlap):
+    p = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    optimizer = ShardedAdadelta([p], policy=ShardPolicy(overlap=overlap))
+    (p**2).sum().backward()
+    optimizer.clip_grad_norm_(1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of create_graph
+        REPLACED[how](p)
+    with pytest.raises(RankError, match="clip once"):
+        optimizer.step()
+    p.grad = None  # a graph holds the parameter
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("how", REPLACED)
+def test_a_clip_is_not_lost_however_gradients_change(pool, how, overlap):
+    pool(2).run(changed_after_a_clip, how, overlap)
+
+
+def skipped_with_more(rank, policy):
+    """A clip and one more backward, whose step is skipped; then iterations as ever."""
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=policy)
+    loss_of(module, batch(rank, 7)).backward()
+    optimizer.clip_grad_norm_(1.0)
+    loss_of(module, batch(rank, 8)).backward()
+    module.zero_grad()
+    for step in range(2):
+        loss_of(module, batch(rank, 10 * step)).backward()
+        optimizer.clip_grad_norm_(1e9)
+        optimizer.step()
+        module.zero_grad()
+    return values(module)
+
+
+def test_a_clip_that_was_skipped_with_more_gradients_is_forgotten(pool):
+    for got in pool(2).run(skipped_with_more, ShardPolicy()):
+        assert_close(got, reference(2, 2))
+
+
+def norms_of_micro_batches(rank, stage):
+    """Norms alone, which nothing is clipped to."""
+    module = model()
+    optimizer = ShardedAdadelta(module.parameters(), policy=ShardPolicy(stage=stage))
+    norms = []
+    for _ in range(2):
+        loss_of(module, batch(0, 0)).backward()
+        norms.append(optimizer.clip_grad_norm_(float("inf")).item())
+    optimizer.step()
+    return norms[1] / norms[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_norm_may_be_asked_for_after_each_micro_batch(pool, stage):
+    assert pool(2).run(norms_of_micro_batches, stage) == [pytest.approx(2.0)] * 2
+
+
+def test_an_optimizer_hooks_no_parameter_of_a_later_one():
     p = nn.Parameter(torch.ones(4))
-    optimizer = ShardedAdadelta([p])
-    (p * 1).grad_fn.next_functions[0][0].metadata["seen"] = True
-    assert (p * 2).grad_fn.next_functions[0][0].metadata == {"seen": True}
-    del optimizer
+    before = ShardedAdadelta([p], policy=ShardPolicy(stage=2))
+    before._reducer.unhook()
+    after = ShardedAdadelta([p], policy=ShardPolicy(gradients="local"))
+    before.step()
+    p.sum().backward()
+    assert p.grad.tolist() == [1.0] * 4
+    after.step()
+    assert p[0].item() != 1.0

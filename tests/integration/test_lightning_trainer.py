@@ -3,6 +3,7 @@
 import tempfile
 import time
 import warnings
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from lightning_jobs import (
     run_script,
 )
 from torch import nn
+from torch.utils.data import DataLoader
 
 
 def test_all_loops_run_and_agree_with_one_process(pool):
@@ -58,6 +60,35 @@ def test_averaged_buffers_are_rank_0s(pool):
     zero, one = pool(2).run(averaged)
     for name, value in zero.items():
         np.testing.assert_array_equal(value, one[name], err_msg=name)
+
+
+class Uneven(torch.utils.data.IterableDataset):
+    """Batches for rank 0 alone."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        return islice(iter(loader(2)), 2 if self.rank == 0 else 0)
+
+
+def validated_on_one(rank):
+    """How many batches were validated, and which callbacks are left."""
+    become_rank(rank, 2)
+    job = Job(module="normalised")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        for remark in REMARKS:
+            warnings.filterwarnings("ignore", message=remark)
+        module, trainer = make_module(job, 2), make_trainer(job, 2, folder)
+        seen = []
+        module.validation_step = lambda batch, batch_idx: seen.append(batch_idx)
+        before = list(trainer.callbacks)
+        trainer.fit(module, loader(2), DataLoader(Uneven(rank), batch_size=None))
+    return len(seen), trainer.callbacks == before
+
+
+def test_a_rank_may_have_nothing_to_validate(pool):
+    assert pool(2).run(validated_on_one) == [(4, True), (0, True)]
 
 
 def backward_afterwards(rank, strategy):
