@@ -64,9 +64,8 @@ def _new_group(group: Group, backend: str) -> dist.ProcessGroup:
     ranks = dist.get_process_group_ranks(group.process_group)
     # torch 2.8, which has no such argument, has no groups in another order either.
     order: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
-    _numbers[0] = most(group, _numbers[0]) + 1
-    name = f"adadelta_dist/{_numbers[0]}/{'-'.join(map(str, ranks))}"
-    with _named(name), _by_its_members_alone():
+    _numbers[0] = most(group, _numbers[0]) + 1  # of each rank's groups no two have the same
+    with _named(f"adadelta_dist/{_numbers[0]}/{ranks[0]}"), _by_its_members_alone():
         own: dist.ProcessGroup = dist.new_group(
             ranks,
             timeout=_timeout(group),
@@ -85,12 +84,13 @@ def _named(name: str) -> Iterator[None]:
     is in. Ranks in other groups besides would never meet; and once a group is destroyed, the
     name of an older one would come again.
     """
-    before = distributed_c10d._process_group_name
-    distributed_c10d._process_group_name = lambda *_, **__: distributed_c10d.GroupName(name)
+    module: Any = distributed_c10d
+    before = module._process_group_name
+    module._process_group_name = lambda *_, **__: name
     try:
         yield
     finally:
-        distributed_c10d._process_group_name = before
+        module._process_group_name = before
 
 
 @contextmanager
