@@ -20,6 +20,17 @@ POLICIES = [
 ]
 
 
+def delay_gathers(optimizer, seconds):
+    """So that parameters arrive late on the other ranks."""
+    start = optimizer._gathers.start
+
+    def start_late(bucket):
+        time.sleep(seconds)
+        start(bucket)
+
+    optimizer._gathers.start = start_late
+
+
 def train(rank, policy):
     module = model()
     optimizer = ShardedAdadelta(module.parameters(), policy=policy)
@@ -127,13 +138,7 @@ def load_while_others_arrive(rank):
     optimizer.attach(module)
     wanted = {name: torch.full_like(value, 3.0) for name, value in module.state_dict().items()}
     loss_of(module, batch(rank, 0)).backward()
-    start = optimizer._gathers.start
-
-    def late(bucket):
-        time.sleep(0.2 * rank)
-        start(bucket)
-
-    optimizer._gathers.start = late
+    delay_gathers(optimizer, 0.2 * rank)
     optimizer.step()
     module.load_state_dict(wanted)
     optimizer.wait()
@@ -152,13 +157,7 @@ def attend(rank, training):
     optimizer = ShardedAdadelta(layer.parameters(), policy=policy)
     optimizer.attach(layer)
     layer(torch.ones(1, 3, 4)).square().sum().backward()
-    start = optimizer._gathers.start
-
-    def late(bucket):
-        time.sleep(0.05 * rank)
-        start(bucket)
-
-    optimizer._gathers.start = late
+    delay_gathers(optimizer, 0.05 * rank)
     optimizer.step()
     inputs = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
     with torch.set_grad_enabled(training):
@@ -187,13 +186,7 @@ def with_parameters_that_nobody_waits_for(rank, how):
     if how == "added later":
         module.requires_grad_(True)
         optimizer.add_param_group({"params": list(module[0].parameters())})
-    start = optimizer._gathers.start
-
-    def start_late(bucket):
-        time.sleep(0.2 * rank)
-        start(bucket)
-
-    optimizer._gathers.start = start_late
+    delay_gathers(optimizer, 0.2 * rank)
     loss_of(head, batch(rank, 0)).backward()
     optimizer.step()
     left_open = len(optimizer._gathers._pending)
@@ -277,13 +270,7 @@ def of_containers(rank, whole):
     optimizer = ShardedAdadelta(attached.parameters(), policy=policy)
     optimizer.attach(attached)
     module().backward()
-    start = optimizer._gathers.start
-
-    def start_late(bucket):
-        time.sleep(0.1 * rank)
-        start(bucket)
-
-    optimizer._gathers.start = start_late
+    delay_gathers(optimizer, 0.1 * rank)
     optimizer.step()
     left_open = len(optimizer._gathers._pending)
     early = module().item()
@@ -319,13 +306,7 @@ def compiled(rank):
     optimizer = ShardedAdadelta(module.parameters(), policy=POLICIES[0])
     optimizer.attach(module)
     fast = torch.compile(module, backend="eager")
-    start = optimizer._gathers.start
-
-    def start_late(bucket):
-        time.sleep(0.05 * rank)
-        start(bucket)
-
-    optimizer._gathers.start = start_late
+    delay_gathers(optimizer, 0.05 * rank)
     with warnings.catch_warnings():  # torch.compile looks at .grad of what is no leaf
         warnings.simplefilter("ignore")
         for step in range(2):
